@@ -1,0 +1,46 @@
+r"""Shapes: the embedded default, a text-to-image model trained in minutes on two CPU cores.
+
+  sdjax demo                                                 # does all of the following
+  sdjax train --config configs/shapes.py:stage=autoencoder --workdir W/autoencoder \
+      --config.data.urls=W/shards
+  sdjax shards encode --model W/autoencoder/model W/shards W/latents
+  sdjax train --config configs/shapes.py --workdir W/model \
+      --config.init_from=W/autoencoder/model --config.data.urls=W/latents
+
+Pictures are 32 × 32 px: two coloured shapes, and a caption that says how they stand.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  arg = common.parse_arg(arg, stage="diffusion")
+
+  c = common.defaults()
+  c.model = "shapes"
+  c.task = arg.stage
+  c.data.resolution = 32
+  c.tokenizer.length, c.tokenizer.vocab_size = 20, 600
+  c.optimizer.learning_rate, c.optimizer.b2, c.optimizer.warmup_steps = 2e-3, 0.98, 100
+  c.ema_decay = 0.99
+  c.checkpoint.keep = 1
+
+  c.evaluation = dict(
+      name="shapes", count=256, seed=0, steps=20, guidance_scale=3.0, sampler="dpmpp_2m")
+
+  if arg.stage == "autoencoder":
+    c.trainable = ("vae",)
+    c.total_steps = 1_300
+    c.data.batch_size = 8
+    c.kl_weight = 1e-5
+    c.optimizer.decay = "cosine"
+    c.checkpoint.every_steps = c.preview.every_steps = 650
+  else:
+    c.trainable = ("unet", "text_encoder")
+    c.total_steps = 5_000
+    c.data.batch_size = 24
+    c.objective.prediction_type, c.objective.weighting = "v_prediction", "uniform"
+    c.optimizer.decay, c.optimizer.decay_from = "linear", 0.5
+    c.checkpoint.every_steps = c.preview.every_steps = 1_000
+    c.preview.guidance_scale, c.preview.steps = 3.0, 20
+  return c.lock()

@@ -1,0 +1,58 @@
+"""Networks by name: the released Stable Diffusion models, and two that a laptop trains."""
+
+from typing import Any
+
+from sdjax.errors import UserError
+from sdjax.models.clip import CLIPText
+from sdjax.models.unet import UNet
+from sdjax.models.vae import AutoencoderKL
+
+PRESETS = {
+    # Rombach et al. 2022; https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
+    "sd15": dict(
+        unet=UNet(),
+        vae=AutoencoderKL(),
+        text_encoder=CLIPText()),
+
+    # OpenCLIP H/14, heads of 64 channels each, Dense doors of the transformers.
+    "sd21": dict(
+        unet=UNet(
+            num_heads=(5, 10, 20, 20), cross_attention_dim=1024, linear_projection=True,
+            sample_size=96),
+        vae=AutoencoderKL(),
+        text_encoder=CLIPText(
+            width=1024, layers=23, heads=16, mlp_width=4096, activation="gelu")),
+
+    # 32 px pictures of coloured shapes in minutes on a CPU.
+    "shapes": dict(
+        unet=UNet(
+            block_out_channels=(48, 64), attention=(True, True), layers_per_block=1,
+            num_heads=(3, 4), cross_attention_dim=96, norm_groups=16, sample_size=8),
+        vae=AutoencoderKL(
+            block_out_channels=(16, 32, 64), layers_per_block=1, norm_groups=8,
+            mid_block_attention=False, scaling_factor=1.0),
+        text_encoder=CLIPText(
+            vocab_size=640, max_length=24, width=96, layers=2, heads=4, mlp_width=384)),
+
+    # As small as the topology allows, for tests: what counts is the time to compile.
+    "tiny": dict(
+        unet=UNet(
+            block_out_channels=(32, 64), attention=(True, False), layers_per_block=1,
+            num_heads=(2, 2), cross_attention_dim=32, norm_groups=8, sample_size=8),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 16, 16), layers_per_block=1, norm_groups=4,
+            mid_block_attention=False),
+        text_encoder=CLIPText(
+            vocab_size=640, max_length=16, width=32, layers=2, heads=2, mlp_width=64)),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+  """Returns {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPText} of a known model.
+
+  Raises:
+    UserError: when `name` is not a key of `PRESETS`.
+  """
+  if name not in PRESETS:
+    raise UserError(f"model {name!r} is not known; choose one of {', '.join(PRESETS)}")
+  return dict(PRESETS[name])

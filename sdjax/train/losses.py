@@ -1,0 +1,57 @@
+"""The two losses: an autoencoder's, and latent diffusion's.
+
+Each is a function (params, frozen, batch, key) -> (loss [], metrics of scalars), where `params`
+and `frozen` together hold all networks of a model; only `params` is differentiated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.diffusion import objectives
+from sdjax.stable_diffusion import StableDiffusion
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+def autoencoder(sd: StableDiffusion, kl_weight: float) -> Loss:
+  """Reconstruction (L1 + squared error) + kl_weight · KL(posterior || standard normal).
+
+  Rombach et al. 2022 (https://arxiv.org/abs/2112.10752), section 3.1, without the adversary. The
+  KL term is summed over a latent's entries as there, and averaged over images.
+  """
+  def loss_fn(params, frozen, batch, key):
+    params = frozen | params
+    image = batch["image"]
+    moments = sd.moments(params, image)
+    latents = sd.latents(moments, key)
+    error = sd.decode_latents(params, latents) - image
+    l1, squared = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    log_variance = jnp.clip(log_variance, -30.0, 20.0)
+    kl = 0.5 * jnp.sum(
+        jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance, axis=(1, 2, 3)).mean()
+    loss = l1 + squared + kl_weight * kl
+    return loss, {"l1": l1, "psnr_db": 10 * jnp.log10(4 / squared), "kl": kl}
+  return loss_fn
+
+
+def diffusion(sd: StableDiffusion, objective: objectives.Objective) -> Loss:
+  """The weighted denoising loss of `objectives`, with the condition from the batch's tokens."""
+  def loss_fn(params, frozen, batch, key):
+    key_latents, key_corrupt, key_dropout = jax.random.split(key, 3)
+    params = frozen | params
+    moments = batch["moments"] if "moments" in batch else sd.moments(params, batch["image"])
+    x0 = jax.lax.stop_gradient(sd.latents(moments, key_latents))
+    noisy = objectives.corrupt(objective, key_corrupt, x0)
+    prediction = sd.predict(
+        params, noisy.x_t, noisy.t, sd.encode_text(params, batch["tokens"]),
+        train=True, rngs={"dropout": key_dropout})
+    squared = jnp.mean(
+        jnp.square(prediction.astype(jnp.float32) - noisy.target), axis=(1, 2, 3))
+    return jnp.mean(batch["weight"] * noisy.weight * squared), {"mse": jnp.mean(squared)}
+  return loss_fn

@@ -1,0 +1,92 @@
+"""Which networks a config means: those of a folder, or new ones of a preset."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdjax import generate
+from sdjax.checkpoints import diffusers
+from sdjax.data import peek, tokenizer
+from sdjax.data.shards import Index
+from sdjax.diffusion import schedules
+from sdjax.errors import UserError
+from sdjax.models import presets
+from sdjax.stable_diffusion import Params, StableDiffusion, normalize_latents
+
+CAPTIONS_READ = 20_000     # to learn a tokenizer from
+STANDARDIZED_ON = 512       # images that a new latent space is measured on
+
+
+def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
+  """Returns the model of a config and its float32 parameters on the host.
+
+  Args:
+    config: as `configs.common.defaults` has it.
+    index: of the training data; its captions teach a tokenizer where no folder brings one.
+
+  Raises:
+    UserError: a folder whose noise schedule or prediction type is not the config's, a network in
+      `trainable` that the model does not have.
+  """
+  wanted = schedules.Schedule(**config.schedule)
+  prediction_type = config.objective.prediction_type
+  if config.init_from:
+    sd, params = diffusers.load(config.init_from)
+    for name, here, there in (("schedule", wanted, sd.schedule),
+                              ("objective.prediction_type", prediction_type, sd.prediction_type)):
+      if here != there:
+        raise UserError(f"{config.init_from} was trained with {there}, the config says {here}; "
+                        f"set config.{name} to match")
+  else:
+    words = tokenizer.train(
+        peek.first_captions(index, CAPTIONS_READ), config.tokenizer.length,
+        config.tokenizer.vocab_size)
+    sd = new(config.model, words, wanted, prediction_type)
+    params = sd.init(config.seed)
+  if unknown := set(config.trainable) - set(params):
+    raise UserError(f"config.trainable names {sorted(unknown)}; this model has {sorted(params)}")
+  return sd.astype(config.dtype, remat=config.remat), params
+
+
+def new(preset: str, words: tokenizer.Tokenizer, schedule: schedules.Schedule,
+        prediction_type: str) -> StableDiffusion:
+  """Returns an untrained model of a preset, its text encoder fitted to a tokenizer."""
+  modules = presets.preset(preset)
+  text_encoder = modules["text_encoder"].clone(
+      vocab_size=words.vocab_size, max_length=words.length)
+  return StableDiffusion(
+      unet=modules["unet"], vae=modules["vae"], text_encoders=(text_encoder,),
+      tokenizers=(words,), schedule=schedule, prediction_type=prediction_type,
+      scheduler_config=schedules.to_config(schedule, prediction_type))
+
+
+def split(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
+  """Returns the networks that move, and those that do not."""
+  return ({name: params[name] for name in trainable},
+          {name: params[name] for name in params if name not in trainable})
+
+
+def to_host(params: Params) -> Params:
+  """Gathers parameters from all devices of all processes: float32 numpy, leaf by leaf."""
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  gather = jax.jit(lambda leaf: leaf, out_shardings=whole)
+  return jax.tree.map(lambda leaf: jax.device_get(gather(leaf)), params)
+
+
+
+def standardize(sd: StableDiffusion, params: Params, index: Index,
+                side_px: int) -> tuple[StableDiffusion, Params]:
+  """Scales and shifts a trained autoencoder's latents to mean 0, variance 1 per channel.
+
+  Measured on the first images of the data set, posterior noise included: what Rombach et al.
+  2022 (appendix G) do with one factor for all channels.
+  """
+  images = peek.first_images(index, STANDARDIZED_ON, side_px)
+  measure = jax.jit(sd.moments)
+  moments = np.concatenate([
+      measure(params, images[rows]) for rows in generate.batches(len(images), 32)])
+  mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
+  total = mean.var(axis=(0, 1, 2)) + np.exp(log_variance).mean(axis=(0, 1, 2))
+  return normalize_latents(sd, params, mean.mean(axis=(0, 1, 2)), np.sqrt(total))

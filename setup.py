@@ -1,0 +1,44 @@
+"""Installs sdjax and its one command. Tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
+setup(
+    name="sdjax",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "sdjax/__init__.py").read_text())[1],
+    description="Stable Diffusion in JAX and Flax, trained on pods and sampled at scale",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sdjax", "sdjax.*", "configs"]),
+    entry_points={"console_scripts": ["sdjax = sdjax.cli.main:main"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "jax>=0.10.2",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pillow>=10.1",                 # ImageFont.load_default(size)
+        "safetensors>=0.5",
+        "scipy>=1.14",
+        "tensorboardX>=2.6.2.2",
+        "tqdm>=4.66",
+        "transformers>=5.0",            # the CLIP tokenizer; no torch
+    ],
+    extras_require={
+        # scikit-image ships the real photographs that the tests train on.
+        "test": ["pytest>=8.0", "scikit-image>=0.25"],
+        # What the networks are compared with: pytest -m oracle.
+        "oracle": ["torch==2.13.0", "diffusers>=0.35", "accelerate>=1.0"],
+        # tensorflow-datasets imports importlib_resources without asking for it.
+        "tfds": ["tensorflow-datasets>=4.9.8", "importlib_resources"],
+    },
+)

@@ -1,0 +1,82 @@
+"""Properties of the UNet; its numbers are checked against diffusers in tests/oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax.models import initializers
+from sdjax.models.presets import preset
+from sdjax.models.unet import sinusoids
+
+
+def inputs(unet, side=(5, 7)):
+  rng = np.random.default_rng(0)
+  return (rng.standard_normal((2, *side, 4), np.float32), np.array([3, 981], np.float32),
+          rng.standard_normal((2, 6, unet.cross_attention_dim), np.float32))
+
+
+def perturbed(unet, *args):
+  """Draws parameters of which none is zero."""
+  shapes = jax.eval_shape(unet.init, jax.random.key(0), *args)["params"]
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+      lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32),
+      initializers.draw({"unet": shapes}, 0)["unet"])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  unet = preset("tiny")["unet"].clone(dropout=0.5)
+  args = inputs(unet)
+  return unet, perturbed(unet, *args), args
+
+
+def test_sinusoids_are_cosines_then_sines_of_falling_frequencies():
+  y = sinusoids(jnp.array([0.0, 7.5]), 4)
+  np.testing.assert_allclose(y[0], [1, 1, 0, 0], atol=1e-7)
+  np.testing.assert_allclose(
+      y[1], [np.cos(7.5), np.cos(0.075), np.sin(7.5), np.sin(0.075)], atol=1e-6)
+
+
+def test_any_size_comes_back_in_its_own(tiny):
+  unet, params, (x, t, context) = tiny
+  y = jax.eval_shape(unet.apply, {"params": params}, x, t, context)
+  assert y.shape == x.shape and y.dtype == jnp.float32
+
+
+def test_recomputing_blocks_changes_no_gradient_and_keeps_less(tiny):
+  unet, params, args = tiny
+
+  def step(remat):
+    module = unet.clone(remat=remat)
+    loss = lambda params: jnp.sum(jnp.square(module.apply({"params": params}, *args)))
+    return jax.grad(loss)
+
+  plain, again = jax.jit(step("none"))(params), jax.jit(step("blocks"))(params)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.abs(a).max())
+  assert "remat" in str(jax.make_jaxpr(step("blocks"))(params))
+  assert "remat" not in str(jax.make_jaxpr(step("none"))(params))
+
+
+def test_dropout_acts_in_training_only(tiny):
+  unet, params, args = tiny
+
+  @jax.jit
+  def run(key):
+    return unet.apply({"params": params}, *args, train=True, rngs={"dropout": key})
+
+  one, other = run(jax.random.key(1)), run(jax.random.key(2))
+  assert jnp.abs(one - other).max() > 1e-3
+  np.testing.assert_array_equal(one, run(jax.random.key(1)))
+  unet.apply({"params": params}, *args)  # asks for no key
+
+
+def test_rows_of_a_batch_do_not_see_each_other(tiny):
+  unet, params, (x, t, context) = tiny
+  apply = jax.jit(unet.apply)
+  whole = apply({"params": params}, x, t, context)
+  changed = apply({"params": params}, np.stack([x[0], np.full_like(x[1], 9)]), t, context)
+  np.testing.assert_array_equal(whole[0], changed[0])
+  assert jnp.abs(whole[1] - changed[1]).max() > 1e-3
