@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
   if arg.tiny:
     c.total_steps, c.log_every_steps, c.optimizer.warmup_steps = 20, 5, 5
     c.data.resolution, c.data.batch_size = 32, 8
-    c.tokenizer.length, c.tokenizer.vocab_size = 24, 512
+    c.tokenizer.length, c.tokenizer.vocab_size = 24, 600
     c.checkpoint.every_steps = 10
     c.preview.every_steps, c.preview.count, c.preview.steps = 20, 4, 4
   return c.lock()

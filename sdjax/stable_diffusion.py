@@ -61,6 +61,11 @@ class StableDiffusion:
     """Heights and widths of images, in pixels, must be multiples of this."""
     return self.vae.downsampling * self.unet.downsampling
 
+  @property
+  def default_size(self) -> int:
+    """Side in px of the images that the model was trained on."""
+    return self.unet.sample_size * self.vae.downsampling
+
   def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
     """Returns (h, w, c) for an image of `height` × `width` px.
 

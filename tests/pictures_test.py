@@ -38,8 +38,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
   pictures.save_png(path, first)
 
   def fill_the_disk(self, file, *args, **kwargs):
-    with open(file, "wb") as out:
-      out.write(b"half a picture")
+    file.write(b"half a picture")
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(Image.Image, "save", fill_the_disk)

@@ -25,8 +25,8 @@ MINUTES = 8
 NEXT = """
 What to try next:
   look at       {picture}
-  your words    sdjax sample --model {model} --guidance-scale 3 --num-images 4 \\
-                  --prompt "a large green ring left of a small orange triangle on a white background"
+  your words    sdjax sample --model {model} --guidance-scale 3 --num-images 4 --prompt \\
+                  "a large green ring left of a small red circle on a white background"
   your images   sdjax shards pack FOLDER SHARDS    (name.jpg with name.txt)
                 sdjax train --config configs/images.py --workdir RUN --config.data.urls=SHARDS
   the curves    tensorboard --logdir {workdir}

@@ -1,4 +1,4 @@
-"""What the doors of experiments share: `--config FILE.py[:arg] --config.key=value --workdir DIR`."""
+"""The flags of experiments: `--config FILE.py[:ARG] --config.KEY=VALUE --workdir DIR`."""
 
 import os
 

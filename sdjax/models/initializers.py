@@ -21,7 +21,6 @@ RULES = (
     (r"unet/conv_out/kernel$", "zero"),
     (r"unet/.*conv2/kernel$", "zero"),
     (r"unet/.*/proj_out/kernel$", "zero"),
-    (r"text_encoder/.*/(out_proj|fc2)/kernel$", "zero"),
     # CLIP (Radford et al. 2021), section 2.5.
     (r"token_embedding/embedding$", "normal_0.02"),
     (r"position_embedding/embedding$", "normal_0.01"),

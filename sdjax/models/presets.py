@@ -34,6 +34,17 @@ PRESETS = {
         text_encoder=CLIPText(
             vocab_size=640, max_length=24, width=96, layers=2, heads=4, mlp_width=384)),
 
+    # 64 px photographs on a CPU: configs/images.py.
+    "small": dict(
+        unet=UNet(
+            block_out_channels=(64, 128, 128), attention=(False, True, True), layers_per_block=1,
+            num_heads=(4, 8, 8), cross_attention_dim=128, norm_groups=16, sample_size=16),
+        vae=AutoencoderKL(
+            block_out_channels=(32, 64, 64), layers_per_block=1, norm_groups=16,
+            mid_block_attention=False, scaling_factor=1.0),
+        text_encoder=CLIPText(
+            vocab_size=2048, max_length=32, width=128, layers=3, heads=4, mlp_width=512)),
+
     # As small as the topology allows, for tests: what counts is the time to compile.
     "tiny": dict(
         unet=UNet(

@@ -75,7 +75,6 @@ def prepare(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Run, P
   index = shards.build_index(config.data.urls)
   sd, params = model.build(config, index)
   side = config.data.resolution
-  sd.latent_shape(side, side)  # refuses a resolution that the networks cannot halve
   if config.task == "autoencoder" and index.kind == "moments":
     raise UserError("these shards hold latents; an autoencoder trains on images")
   pipeline = Pipeline(

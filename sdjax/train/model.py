@@ -1,5 +1,6 @@
 """Which networks a config means: those of a folder, or new ones of a preset."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -44,6 +45,9 @@ def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
         config.tokenizer.vocab_size)
     sd = new(config.model, words, wanted, prediction_type)
     params = sd.init(config.seed)
+  sd.latent_shape(config.data.resolution, config.data.resolution)  # refuses what it cannot halve
+  unet = sd.unet.clone(sample_size=config.data.resolution // sd.vae.downsampling)
+  sd = dataclasses.replace(sd, unet=unet)
   if unknown := set(config.trainable) - set(params):
     raise UserError(f"config.trainable names {sorted(unknown)}; this model has {sorted(params)}")
   return sd.astype(config.dtype, remat=config.remat), params
