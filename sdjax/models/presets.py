@@ -48,13 +48,14 @@ PRESETS = {
     # As small as the topology allows, for tests: what counts is the time to compile.
     "tiny": dict(
         unet=UNet(
-            block_out_channels=(32, 64), attention=(True, False), layers_per_block=1,
-            num_heads=(2, 2), cross_attention_dim=32, norm_groups=8, sample_size=8),
+            block_out_channels=(32, 64), attention=(False, True), layers_per_block=1,
+            num_heads=(2, 2), cross_attention_dim=32, norm_groups=8, mid_block=False,
+            sample_size=8),
         vae=AutoencoderKL(
             block_out_channels=(8, 16, 16), layers_per_block=1, norm_groups=4,
             mid_block_attention=False),
         text_encoder=CLIPText(
-            vocab_size=640, max_length=16, width=32, layers=2, heads=2, mlp_width=64)),
+            vocab_size=640, max_length=24, width=32, layers=1, heads=2, mlp_width=64)),
 }
 
 
