@@ -2,7 +2,7 @@
 # Runs one command on all workers of a Cloud TPU slice:
 #
 #   launch/tpu_vm.sh --name my-v4-32 --zone us-central2-b -- \
-#     sdjax train --config configs/sd15.py --workdir gs://bucket/run
+#     sdjax train --config configs/sd15.py --workdir /mnt/bucket/run
 #
 # --project P   the Google Cloud project, if not gcloud's default
 # --dry-run     prints the gcloud command and runs nothing

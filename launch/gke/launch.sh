@@ -2,7 +2,7 @@
 # Runs one command as a JobSet on Google Kubernetes Engine, one process per TPU host:
 #
 #   launch/gke/launch.sh --name sd15 --image REGISTRY/sdjax --hosts 4 -- \
-#     sdjax train --config configs/sd15.py --workdir gs://bucket/run
+#     sdjax train --config configs/sd15.py --workdir /mnt/bucket/run
 #
 # --hosts N          pods (default 4)
 # --chips N          TPU chips of each (default 4)

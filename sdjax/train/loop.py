@@ -57,6 +57,9 @@ def train(config: Any, workdir: str | Path) -> Path:
   Raises:
     UserError: for data, a mesh, a model or a checkpoint that do not fit the config.
   """
+  if "://" in str(workdir):
+    raise UserError(f"--workdir {workdir} is a URL; give a folder that every host sees, such as "
+                    "the bucket's mount point")
   workdir = Path(workdir)
   mesh = partitioning.make_mesh(config.mesh.to_dict())
   with jax.set_mesh(mesh):

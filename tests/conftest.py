@@ -1,0 +1,22 @@
+"""Models that several tests share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+  """(sd, params) of the tiny preset, untrained, every network's output made non-zero."""
+  import numpy as np
+
+  from sdjax import pytrees
+  from sdjax.data import shapes, tokenizer
+  from sdjax.diffusion import schedules
+  from sdjax.train import model
+
+  captions = [shapes.caption(scene) for scene in shapes.scenes(100, seed=0)]
+  sd = model.new("tiny", tokenizer.train(captions, 24, 600), schedules.Schedule(), "epsilon")
+  rng = np.random.default_rng(0)
+
+  def perturb(path, leaf):
+    return leaf + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32)
+  return sd, pytrees.map_paths(perturb, sd.init(0))

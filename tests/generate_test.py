@@ -1,0 +1,91 @@
+"""Pictures depend on what was asked, and on nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax import generate
+from sdjax.errors import UserError
+
+PROMPTS = ["a small red circle above a large blue square on a white background",
+           "a large green ring left of a small black triangle on a white background",
+           "a small cyan square below a small orange circle on a white background"]
+
+
+def make(model, rows, **changes):
+  sd, params = model
+  asked = dict(steps=3, guidance_scale=2.0, height=32, width=32, sampler="ddim", batch_size=4)
+  return generate.text_to_image(
+      sd, params, [PROMPTS[row] for row in rows], seeds=[10 + row for row in rows],
+      **asked | changes)
+
+
+def test_noise_is_of_the_seed_alone():
+  shape = (4, 4, 2)
+  noise = lambda seeds, index=0: np.asarray(generate.image_noise(
+      jnp.asarray(generate.seed_words(seeds)), generate.STEPS, index, shape))
+  together = noise([1, 2, 3])
+  np.testing.assert_array_equal(noise([3, 1]), together[[2, 0]])
+  np.testing.assert_array_equal(noise([2]), together[1:2])
+  assert not np.array_equal(noise([1], 1), together[:1])
+  # Both words of a 64-bit seed count; `jax.random.key` would take these for the same.
+  assert not np.array_equal(noise([2**32 + 1]), together[:1])
+
+
+def test_small_seeds_are_those_of_jax():
+  ours = jax.random.wrap_key_data(generate.seed_words([5])[0], impl="threefry2x32")
+  theirs = jax.random.key(5, impl="threefry2x32")
+  assert (jax.random.key_data(ours) == jax.random.key_data(theirs)).all()
+
+
+def test_an_image_does_not_depend_on_its_batch(tiny_model):
+  together, latents = make(tiny_model, [0, 1, 2])
+  assert together.shape == (3, 32, 32, 3) and latents.shape == (3, 8, 8, 4)
+  assert np.abs(together).max() <= 1
+  turned, _ = make(tiny_model, [2, 0])
+  np.testing.assert_allclose(turned, together[[2, 0]], atol=1e-4)
+  assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_guidance_needs_the_prompt_and_the_negative_prompt(tiny_model):
+  plain, _ = make(tiny_model, [0], guidance_scale=1.0)
+  guided, _ = make(tiny_model, [0])
+  same, _ = make(tiny_model, [0], negative_prompts=[PROMPTS[0]])
+  assert np.abs(plain - guided).max() > 1e-4
+  # Away from the prompt itself: the two halves cancel, whatever the scale.
+  np.testing.assert_allclose(same, plain, atol=1e-4)
+
+
+def test_given_latents_replace_the_seed(tiny_model):
+  noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+  one, latents = make(tiny_model, [0], init_latents=noise)
+  other, _ = make(tiny_model, [0], init_latents=noise + 0.1)
+  assert np.abs(one - other).max() > 1e-3
+  np.testing.assert_allclose(
+      one, np.clip(tiny_model[0].decode_latents(tiny_model[1], latents), -1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(height=36), "height is 36 px.*multiples of 8"),
+    (dict(sampler="euler_zeta"), "'euler_zeta'.*ddim"),
+    (dict(steps=0), "steps is 0"),
+    (dict(guidance_scale=-1.0), "guidance_scale is -1"),
+    (dict(init_latents=np.zeros((1, 8, 8, 3))), r"\[1, 8, 8, 3\].*\[1, 8, 8, 4\]"),
+    (dict(init_latents=np.full((1, 8, 8, 4), np.nan)), "NaN"),
+    (dict(negative_prompts=["", ""]), "2 negative_prompts for 1"),
+])
+def test_bad_requests_say_what_is_wrong(tiny_model, changes, message):
+  with pytest.raises(UserError, match=message):
+    make(tiny_model, [0], **changes)
+
+
+def test_seeds_out_of_range_are_refused():
+  for seed in (-1, 2**64):
+    with pytest.raises(UserError, match="2\\*\\*64"):
+      generate.seed_words([seed])
+
+
+def test_batches_are_equal_and_cover_every_row():
+  assert [list(rows) for rows in generate.batches(5, 2)] == [[0, 1], [2, 3], [4, 4]]
+  assert [list(rows) for rows in generate.batches(3, 8)] == [[0, 1, 2]]
