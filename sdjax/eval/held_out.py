@@ -42,7 +42,7 @@ def evaluate(sd: StableDiffusion, params: Params, config: Any) -> Evaluation:
   made, _ = generate.text_to_image(
       sd, params, captions, steps=config.steps, guidance_scale=config.guidance_scale,
       seeds=range(config.seed, config.seed + len(captions)), height=shapes.SIDE_PX,
-      width=shapes.SIDE_PX, sampler=config.sampler, batch_size=64)
+      width=shapes.SIDE_PX, sampler=config.sampler, batch_size=32)
   drawn = pictures.to_uint8(made)
   return Evaluation(captions, drawn, detector.score(drawn, captions))
 
