@@ -41,7 +41,9 @@ def parse(command: str, what: str, argv: list[str]):
   try:
     rest = values([command, *argv])[1:]
   except (flags.Error, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f"{' '.join(str(error).split())}; see sdjax {command} --help") from error
+    # What goes wrong inside a config file arrives as its whole traceback, reason last.
+    reason = str(error).strip().splitlines()[-1]
+    raise UserError(f"{reason}; see sdjax {command} --help") from error
   if rest:
     raise UserError(f"{rest[0]!r} is not a flag; see sdjax {command} --help")
   if values["config"].value is None or workdir.value is None:

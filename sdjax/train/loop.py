@@ -28,6 +28,7 @@ from sdjax.stable_diffusion import Params, StableDiffusion
 from sdjax.train import losses, metrics, model, optimizer, partitioning, preview, state, step
 
 log = logging.getLogger("sdjax")
+TASKS = ("autoencoder", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ def train(config: Any, workdir: str | Path) -> Path:
 
 def prepare(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Run, Params]:
   """Reads the data's index, builds the model and decides where each array goes."""
+  if config.task not in TASKS:
+    raise UserError(f"config.task {config.task!r} is not known; choose one of {TASKS}")
   if config.total_steps < 1:
     raise UserError(f"config.total_steps is {config.total_steps}; train for at least 1 step")
   index = shards.build_index(config.data.urls)
@@ -111,16 +114,12 @@ def begin(run: Run, params: Params, saved: train_state.Checkpoints) -> tuple[sta
 def loss_of(run: Run) -> losses.Loss:
   """Returns the loss that the config's task means."""
   config = run.config
-  match config.task:
-    case "autoencoder":
-      return losses.autoencoder(run.sd, config.kl_weight)
-    case "diffusion":
-      return losses.diffusion(run.sd, objectives.Objective(
-          schedule=run.sd.schedule, prediction_type=run.sd.prediction_type,
-          weighting=config.objective.weighting, gamma=config.objective.gamma,
-          noise_offset=config.objective.noise_offset))
-    case other:
-      raise UserError(f"config.task {other!r} is not known; choose autoencoder or diffusion")
+  if config.task == "autoencoder":
+    return losses.autoencoder(run.sd, config.kl_weight)
+  return losses.diffusion(run.sd, objectives.Objective(
+      schedule=run.sd.schedule, prediction_type=run.sd.prediction_type,
+      weighting=config.objective.weighting, gamma=config.objective.gamma,
+      noise_offset=config.objective.noise_offset))
 
 
 def steps(run: Run, mesh: jax.sharding.Mesh, now: state.TrainState, start: int,
