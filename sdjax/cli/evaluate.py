@@ -18,9 +18,10 @@ def main(argv: list[str]) -> int:
   device.cache_compilations()
   from sdjax.checkpoints import diffusers
   from sdjax.eval import held_out
-  if config.evaluation.name != "shapes":
-    raise UserError(f"config.evaluation.name is {config.evaluation.name!r}; the only evaluation "
-                    "here is 'shapes'")
+  name = config.get("evaluation", {}).get("name")
+  if name != "shapes":
+    raise UserError(f"config.evaluation.name is {name!r}; the only evaluation here is 'shapes', "
+                    "of configs/shapes.py")
   sd, params = diffusers.load(Path(workdir) / "model")
   result = held_out.evaluate(sd, params, config.evaluation)
   held_out.write(result, Path(workdir))

@@ -2,8 +2,8 @@
 
 from sdjax.cli import device, experiment
 
-WHAT = """Trains from the newest checkpoint in DIR, or from the start. Ends with DIR/model, a folder in
-the diffusers layout. Ctrl-C saves and stops; the same command goes on."""
+WHAT = """Trains from the newest checkpoint in DIR, or from the start. Ends with DIR/model, a folder
+in the diffusers layout. Ctrl-C saves and stops; the same command goes on."""
 
 
 def main(argv: list[str]) -> int:

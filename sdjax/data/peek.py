@@ -7,16 +7,16 @@ from sdjax.data.shards import PICTURES, Index
 from sdjax.errors import UserError
 
 
-def first_captions(index: Index, count: int) -> list[str]:
-  """Returns all captions of the first `count` samples; unreadable ones are passed over."""
-  texts = []
+def first_captions(index: Index, count: int) -> list[tuple[str, ...]]:
+  """Returns all captions of each of the first `count` samples; unreadable ones are passed over."""
+  found = []
   for sample in range(min(index.count, count)):
     parts = index.read(sample, captions.PARTS)
     try:
-      texts += captions.captions_of(parts)
+      found.append(captions.captions_of(parts))
     except ValueError:  # the pipeline counts it
       continue
-  return texts
+  return found
 
 
 def first_images(

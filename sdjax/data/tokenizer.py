@@ -1,8 +1,9 @@
 """Captions to token ids: CLIP's byte-pair encoding, read from a folder or learned from captions.
 
 A folder holds what diffusers writes beside a text encoder: `vocab.json` (token → id), `merges.txt`
-(one merge per line, by rank) and `tokenizer_config.json` (length, special tokens). Stable
-Diffusion 1 fills short captions up with the end token, 2 with "!"; the folder decides.
+(one merge per line, by rank) and `tokenizer_config.json` (length, special tokens); transformers 5
+writes the first two as one `tokenizer.json`. Stable Diffusion 1 fills short captions up with the
+end token, 2 with "!"; the folder decides.
 
 Learning follows Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909, algorithm 1) on CLIP's
 alphabet: 256 bytes, the same 256 as ends of words (`</w>`), then one token per merge, then the two
@@ -94,23 +95,35 @@ def load(folder: str | Path) -> Tokenizer:
     UserError: a file is missing or is not what it should be.
   """
   folder = Path(folder)
-  if missing := [name for name in FILES if not (folder / name).is_file()]:
+  files = ("tokenizer.json", FILES[-1]) if (folder / "tokenizer.json").is_file() else FILES
+  if missing := [name for name in files if not (folder / name).is_file()]:
     raise UserError(f"tokenizer folder {folder} lacks {', '.join(missing)}; give the folder "
                     "`tokenizer` of a model in diffusers layout")
   try:
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab, merges = _read_merges(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    # The first line is a version; "#" also starts merges of "#", so only that line is a comment.
-    merges = [tuple(line.split()) for line in lines[lines[0].startswith("#version"):] if line]
-    if any(len(pair) != 2 for pair in merges):
-      raise ValueError("a line of merges.txt is not two tokens")
     names = {key: _content(config[key])
              for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
     return _clip_tokenizer(vocab, merges, int(config.get("model_max_length", 77)), **names)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"tokenizer folder {folder} cannot be read ({error}); "
                     "copy it again from the model it belongs to") from error
+
+
+def _read_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+  """The vocabulary and the merges; vocab.json and merges.txt decide where both forms are there."""
+  if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    # The first line is a version; "#" also starts merges of "#", so only that line is a comment.
+    merges = [line for line in lines[lines[0].startswith("#version"):] if line]
+  else:
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocab, merges = model["vocab"], model["merges"]
+  pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+  if any(len(pair) != 2 for pair in pairs):
+    raise ValueError("a merge is not two tokens")
+  return vocab, pairs
 
 
 def train(captions: Iterable[str], length: int, vocab_size: int) -> Tokenizer:

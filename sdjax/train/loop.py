@@ -193,7 +193,8 @@ def previewer(run: Run):
     originals = peek.first_images(run.index, config.count, side)
     draw = lambda params: preview.autoencoder(run.sd, params, originals)
   else:
-    prompts = (list(config.prompts) or peek.first_captions(run.index, config.count))[: config.count]
+    prompts = list(config.prompts)[: config.count] or [
+        captions[0] for captions in peek.first_captions(run.index, config.count)]
     draw = lambda params: preview.diffusion(config, run.sd, params, side, prompts)
 
   def draw_and_write(number, now, writer):

@@ -1,6 +1,7 @@
 """Which networks a config means: those of a folder, or new ones of a preset."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from sdjax.errors import UserError
 from sdjax.models import presets
 from sdjax.stable_diffusion import Params, StableDiffusion, normalize_latents
 
-CAPTIONS_READ = 20_000     # to learn a tokenizer from
+CAPTIONS_READ = 20_000      # samples whose captions teach a tokenizer
 STANDARDIZED_ON = 512       # images that a new latent space is measured on
 
 
@@ -40,9 +41,8 @@ def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
         raise UserError(f"{config.init_from} was trained with {there}, the config says {here}; "
                         f"set config.{name} to match")
   else:
-    words = tokenizer.train(
-        peek.first_captions(index, CAPTIONS_READ), config.tokenizer.length,
-        config.tokenizer.vocab_size)
+    captions = itertools.chain.from_iterable(peek.first_captions(index, CAPTIONS_READ))
+    words = tokenizer.train(captions, config.tokenizer.length, config.tokenizer.vocab_size)
     sd = new(config.model, words, wanted, prediction_type)
     params = sd.init(config.seed)
   sd.latent_shape(config.data.resolution, config.data.resolution)  # refuses what it cannot halve
@@ -77,7 +77,6 @@ def to_host(params: Params) -> Params:
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   gather = jax.jit(lambda leaf: leaf, out_shardings=whole)
   return jax.tree.map(lambda leaf: jax.device_get(gather(leaf)), params)
-
 
 
 def standardize(sd: StableDiffusion, params: Params, index: Index,

@@ -127,7 +127,7 @@ def test_config_without_an_option_means_the_default_of_diffusers():
     ("text_encoder/config.json", {"hidden_act": "relu"}, "relu"),
     ("text_encoder/config.json", {"model_type": "t5"}, "t5"),
     ("text_encoder/config.json", {"vocab_size": 100}, "tokenizer"),
-    ("text_encoder/config.json", {"num_hidden_layers": 1}, "encoder.layers.1"),
+    ("text_encoder/config.json", {"num_hidden_layers": 2}, "encoder.layers.1"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
     ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "sigmoid"),
     ("scheduler/scheduler_config.json", {"prediction_type": "x0"}, "x0"),

@@ -58,6 +58,8 @@ def test_unknown_command_names_the_known_ones(capsys):
      ["colour"]),
     (["train", "--config", "configs/shapes.py", "--workdir", "w", "--learn"], ["learn"]),
     (["train", "--config", "configs/shapes.py", "--workdir", "gs://b/w"], ["gs://b/w", "mount"]),
+    (["evaluate", "--config", "configs/images.py", "--workdir", "w"], ["evaluation", "shapes"]),
+    (["evaluate", "--config", "configs/shapes.py", "--workdir", "nowhere"], ["nowhere/model"]),
     (["convert", "nowhere", "there"], ["nowhere"]),
     (["sample", "--model", "m", "--prompts", "nothing.txt"], ["nothing.txt"]),
     (["shards", "inspect", "nowhere"], ["nowhere"]),

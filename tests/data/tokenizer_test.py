@@ -54,6 +54,15 @@ def test_saved_folder_loads_here_and_in_transformers(learned, tmp_path):
     assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+def test_folder_of_transformers_5_loads(learned, tmp_path):
+  from transformers import CLIPTokenizer
+  learned.save(tmp_path / "ours")
+  CLIPTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+  again = tokenizer.load(tmp_path / "theirs")
+  np.testing.assert_array_equal(again(HARD), learned(HARD))
+  assert (again.length, again.vocab_size) == (learned.length, learned.vocab_size)
+
+
 def test_padding_follows_the_folder(learned, tmp_path):
   learned.save(tmp_path)
   path = tmp_path / "tokenizer_config.json"

@@ -43,7 +43,6 @@ def perturb(module, seed):
 def make_pipeline(folder, heads, linear, activation, prediction, middle):
   words = tokenizer.train(["a red circle", "a blue square"], length=16, vocab_size=530)
   words.save(folder / "words")
-  words.save(folder / "model" / "tokenizer")  # as transformers 4 wrote it
   unet = diffusers.UNet2DConditionModel(
       block_out_channels=(16, 32, 48), layers_per_block=2, norm_num_groups=8,
       down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
