@@ -24,7 +24,7 @@ setup(
         "jax>=0.10.2",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.6",
+        "optax>=0.2.8",                 # muon(consistent_rms)
         "orbax-checkpoint>=0.12",
         "pillow>=10.1",                 # ImageFont.load_default(size)
         "safetensors>=0.5",

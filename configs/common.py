@@ -59,6 +59,7 @@ def defaults() -> ConfigDict:
       prediction_type="epsilon", weighting="min_snr", gamma=5.0, noise_offset=0.0))
   c.kl_weight = 1e-6               # of the autoencoder's KL term
   c.optimizer = ConfigDict(dict(
+      name="adamw",                # adamw | muon: fewer steps from scratch, each dearer
       learning_rate=1e-4, warmup_steps=1_000, decay="constant", decay_from=0.0,
       b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0))
   c.ema_decay = 0.9999
