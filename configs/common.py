@@ -55,8 +55,9 @@ def defaults() -> ConfigDict:
 
   c.schedule = ConfigDict(dict(
       name="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=False))
-  c.objective = ConfigDict(dict(
-      prediction_type="epsilon", weighting="min_snr", gamma=5.0, noise_offset=0.0))
+  c.objective = ConfigDict(dict(   # diffusion/objectives.py
+      prediction_type="epsilon", weighting="min_snr", gamma=5.0, noise_offset=0.0,
+      high_noise_share=0.0, high_noise_from=850))
   c.kl_weight = 1e-6               # of the autoencoder's KL term
   c.optimizer = ConfigDict(dict(
       name="adamw",                # adamw | muon: fewer steps from scratch, each dearer

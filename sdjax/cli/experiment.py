@@ -30,7 +30,8 @@ def parse(command: str, what: str, argv: list[str]):
     print(HELP.format(command=command, what=what))
     return None
   values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+  config = config_flags.DEFINE_config_file(
+      "config", None, "", flag_values=values, sys_argv=[command, *argv])
   workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
   for arg in argv:
     if arg.startswith("--config="):

@@ -27,12 +27,12 @@ PRESETS = {
     "shapes": dict(
         unet=UNet(
             block_out_channels=(48, 64), attention=(True, True), layers_per_block=1,
-            num_heads=(3, 4), cross_attention_dim=128, norm_groups=16, sample_size=8),
+            num_heads=(3, 4), cross_attention_dim=96, norm_groups=16, sample_size=8),
         vae=AutoencoderKL(
             block_out_channels=(16, 32, 64), layers_per_block=1, norm_groups=8,
             mid_block_attention=False, scaling_factor=1.0),
         text_encoder=CLIPText(
-            vocab_size=640, max_length=24, width=128, layers=3, heads=4, mlp_width=512)),
+            vocab_size=640, max_length=24, width=96, layers=3, heads=4, mlp_width=384)),
 
     # 64 px photographs on a CPU: configs/images.py.
     "small": dict(

@@ -116,10 +116,8 @@ def loss_of(run: Run) -> losses.Loss:
   config = run.config
   if config.task == "autoencoder":
     return losses.autoencoder(run.sd, config.kl_weight)
-  return losses.diffusion(run.sd, objectives.Objective(
-      schedule=run.sd.schedule, prediction_type=run.sd.prediction_type,
-      weighting=config.objective.weighting, gamma=config.objective.gamma,
-      noise_offset=config.objective.noise_offset))
+  chosen = dict(config.objective) | {"prediction_type": run.sd.prediction_type}
+  return losses.diffusion(run.sd, objectives.Objective(run.sd.schedule, **chosen))
 
 
 def steps(run: Run, mesh: jax.sharding.Mesh, now: state.TrainState, start: int,

@@ -32,13 +32,28 @@ def test_every_target_names_the_same_clean_latent():
     np.testing.assert_allclose(c.c_skip * noisy.x_t + c.c_out * noisy.target, x0, atol=2e-4)
 
 
+def draws(objective, batch=8, count=4000):
+  density = objectives.density(objective)
+  draw = jax.vmap(lambda key: objectives.stratified_timesteps(key, batch, density))
+  return np.asarray(draw(jax.random.split(jax.random.key(0), count)))
+
+
 def test_timesteps_are_one_per_stratum_and_uniform_over_many_draws():
-  draw = jax.vmap(lambda key: objectives.stratified_timesteps(key, 8, 1000))
-  t = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+  t = draws(objectives.Objective(SCHEDULE))
   assert t.min() >= 0 and t.max() <= 999
   assert (np.sort(t // 125, axis=1) == np.arange(8)).mean() > 0.99
   histogram = np.bincount(t[:, 3] // 100, minlength=10) / 4000
   np.testing.assert_allclose(histogram, 0.1, atol=0.02)
+
+
+def test_the_share_of_high_noise_is_what_was_asked_for():
+  t = draws(objectives.Objective(SCHEDULE, high_noise_share=0.4, high_noise_from=900))
+  # 0.4 of them, and a tenth of the uniform rest; both parts flat.
+  assert abs((t >= 900).mean() - 0.46) < 0.005
+  for begin, end, share in ((0, 450, 0.27), (450, 900, 0.27), (900, 950, 0.23), (950, 1000, 0.23)):
+    assert abs(((t >= begin) & (t < end)).mean() - share) < 0.005
+  only_last = objectives.Objective(SCHEDULE, high_noise_share=1.0, high_noise_from=999)
+  assert (draws(only_last) == 999).all()
 
 
 def test_min_snr_weights_are_the_papers_x0_weight_whatever_the_target():
@@ -69,6 +84,7 @@ def test_noise_offset_shifts_whole_channels():
 
 
 def test_bad_choices_are_user_errors():
-  for bad in (dict(prediction_type="noise"), dict(weighting="p2"), dict(gamma=0.0)):
+  for bad in (dict(prediction_type="noise"), dict(weighting="p2"), dict(gamma=0.0),
+              dict(high_noise_share=1.5), dict(high_noise_from=1000)):
     with pytest.raises(UserError):
       objectives.Objective(SCHEDULE, **bad)

@@ -10,8 +10,8 @@ from sdjax.train import optimizer
 
 def config(**changes):
   return SimpleNamespace(**dict(
-      name="adamw", learning_rate=1.0, warmup_steps=10, decay="constant", decay_from=0.0, b1=0.9, b2=0.999,
-      eps=1e-8, weight_decay=0.1, clip_norm=1.0) | changes)
+      name="adamw", learning_rate=1.0, warmup_steps=10, decay="constant", decay_from=0.0, b1=0.9,
+      b2=0.999, eps=1e-8, weight_decay=0.1, clip_norm=1.0) | changes)
 
 
 @pytest.mark.parametrize("decay, at, expected", [
