@@ -24,7 +24,8 @@ def get_config(arg: str = ""):
   c.objective.prediction_type, c.objective.weighting = "v_prediction", "uniform"
   # Where things stand is decided while little can be seen; uniform timesteps learn it last.
   c.objective.high_noise_share, c.objective.high_noise_from = 0.35, 850
-  c.optimizer.learning_rate, c.optimizer.b2, c.optimizer.warmup_steps = 2e-3, 0.98, 100
+  c.optimizer.name, c.optimizer.b1, c.optimizer.b2 = "muon", 0.95, 0.98
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 2e-3, 100
   c.ema_decay = 0.99
   c.checkpoint.keep = 1
 
@@ -33,16 +34,15 @@ def get_config(arg: str = ""):
 
   if arg.stage == "autoencoder":
     c.trainable = ("vae",)
-    c.total_steps = 800
+    c.total_steps = 500
     c.data.batch_size = 8
     c.kl_weight = 1e-8
     c.optimizer.decay = "cosine"
-    c.checkpoint.every_steps = c.preview.every_steps = 400
+    c.checkpoint.every_steps = c.preview.every_steps = 250
   else:
     c.trainable = ("unet", "text_encoder")
     c.total_steps = 2_600
     c.data.batch_size = 24
-    c.optimizer.name, c.optimizer.b1 = "muon", 0.95
     c.optimizer.decay, c.optimizer.decay_from = "linear", 0.5
     c.checkpoint.every_steps = c.preview.every_steps = 650
     c.preview.guidance_scale, c.preview.steps = 2.0, 20

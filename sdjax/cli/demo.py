@@ -21,11 +21,11 @@ sdjax demo: a text-to-image model from nothing, about {minutes} minutes on two C
 
 Everything goes into {workdir}/. Ctrl-C stops; the same command goes on where it stopped.
 """
-MINUTES = 8
+MINUTES = 9
 NEXT = """
 What to try next:
   look at       {picture}
-  your words    sdjax sample --model {model} --guidance-scale 3 --num-images 4 --prompt \\
+  your words    sdjax sample --model {model} --guidance-scale 2 --num-images 4 --prompt \\
                   "a large green ring left of a small red circle on a white background"
   your images   sdjax shards pack FOLDER SHARDS    (name.jpg with name.txt)
                 sdjax train --config configs/images.py --workdir RUN --config.data.urls=SHARDS
@@ -174,7 +174,7 @@ def export(demo: Demo) -> str:
   diffusers.save(out, sd, params)
   captions = shapes.held_out_captions(8, demo.seed)
   made = [generate.text_to_image(
-      *model, captions, steps=10, guidance_scale=3.0, seeds=range(8), height=shapes.SIDE_PX,
+      *model, captions, steps=10, guidance_scale=2.0, seeds=range(8), height=shapes.SIDE_PX,
       width=shapes.SIDE_PX, sampler="dpmpp_2m")[0] for model in ((sd, params), diffusers.load(out))]
   if not np.array_equal(*made):
     raise RuntimeError(f"the model re-imported from {out} draws other pictures: a bug, report it")

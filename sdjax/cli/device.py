@@ -1,9 +1,20 @@
-"""What a door does to JAX before it computes."""
+"""What a door does to the machine and to JAX before it computes."""
 
 import logging
 import os
 import sys
 from pathlib import Path
+
+
+def use_huge_pages() -> None:
+  """Starts the running command again with huge pages for malloc, where Linux's libc can.
+
+  XLA takes and gives back its buffers at every step on a CPU: in pages of 4 KiB, the faults cost a
+  small model a fifth of its step. A GLIBC_TUNABLES that the user has set stays as it is.
+  """
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # read when a process starts
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def cache_compilations() -> None:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a door needs it: `--help` answers at once.
 import importlib
 import sys
 
+from sdjax.cli import device
 from sdjax.errors import UserError
 
 DOORS = {
@@ -16,6 +17,7 @@ DOORS = {
     "convert": "export a run as a diffusers folder, change the dtype, look into a model folder",
     "shards": "pack, inspect and encode webdataset shards of captioned images",
 }
+TRAINING = ("demo", "train")
 USAGE = """usage: sdjax COMMAND [ARGUMENTS]
 
 {}
@@ -32,11 +34,12 @@ def main(argv: list[str] | None = None) -> int:
   """Runs one command.
 
   Args:
-    argv: without the program's name; `sys.argv[1:]` by default.
+    argv: without the program's name; by default `sys.argv[1:]` of a process of its own.
 
   Returns:
     The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
   """
+  is_own_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
   if not argv or argv[0] in ("-h", "--help"):
     print(usage())
@@ -50,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"sdjax: error: there is no command {name!r}; choose one of {', '.join(DOORS)}",
           file=sys.stderr)
     return 2
+  if is_own_process and name in TRAINING:
+    device.use_huge_pages()
   try:
     return importlib.import_module(f"sdjax.cli.{name}").main(rest) or 0
   except (UserError, OSError) as error:

@@ -1,6 +1,7 @@
 """Doors: quick help, one-line errors, exit code 2, nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sdjax.checkpoints import diffusers
+from sdjax.cli import device
 from sdjax.cli import main as cli
 
 CHEAP = ["--prompt", "a red circle", "--steps", "2"]
@@ -119,3 +121,16 @@ def test_sample_writes_pictures_that_say_how_they_were_made(model_folder, tmp_pa
   with Image.open(out / "00003.png") as picture:
     assert picture.text["seed"] == "103"
   assert np.load(tmp_path / "latents.npy").shape == (4, 8, 8, 4)
+
+
+def test_training_commands_start_again_with_huge_pages_once(monkeypatch):
+  started = []
+  monkeypatch.setattr(device.os, "execv", lambda *words: started.append(words))
+  monkeypatch.setattr(sys, "platform", "linux")
+  monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "sdjax.cli.main", "train"])
+  monkeypatch.setattr(sys, "argv", ["sdjax", "train"])
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  for _ in range(2):
+    assert cli.main() == 0
+  assert started == [(sys.executable, [sys.executable, "-m", "sdjax.cli.main", "train"])]
+  assert "hugetlb=1" in os.environ["GLIBC_TUNABLES"]
