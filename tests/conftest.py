@@ -1,6 +1,12 @@
 """Models that several tests share."""
 
+import os
+
 import pytest
+
+# Before JAX wakes, here and in child processes: tests wait for compilers, not for what they make.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 
 @pytest.fixture(scope="session")

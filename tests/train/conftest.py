@@ -57,9 +57,9 @@ def arguments():
   return line
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(environment):
-  """Starts `sdjax` in a child process; what is left of it is killed when the test ends."""
+  """Starts `sdjax` in a child process; what is left of it is killed when all tests end."""
   children = []
 
   def start_one(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -86,3 +86,17 @@ def numbers():
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return {row["step"]: tuple(row[name] for name in names) for row in rows}
   return read
+
+
+@pytest.fixture(scope="session")
+def alone(start, arguments, numbers, latents, tmp_path_factory):
+  """(changes to the config, numbers) of four steps on latents by one process with one device."""
+  changes = {"total_steps": 4, "checkpoint.every_steps": 2, "data.random_crop": False,
+             "data.random_flip": False}
+  workdir = tmp_path_factory.mktemp("alone")
+  child = start(*arguments(latents, workdir, changes))
+  output, _ = child.communicate(timeout=120)
+  assert child.returncode == 0, output
+  found = numbers(workdir)
+  assert list(found) == [1, 2, 3, 4] and len(set(found.values())) == 4
+  return changes, found
