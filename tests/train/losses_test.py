@@ -15,7 +15,7 @@ def test_diffusion_loss_of_a_silent_network_is_the_targets_second_moment(tiny_mo
            "tokens": sd.tokenize([""] * 4), "weight": np.array([1, 1, 0, 2], np.float32)}
   objective = objectives.Objective(sd.schedule, "epsilon", "min_snr")
   key = jax.random.key(7)
-  loss, _ = losses.diffusion(sd, objective)(params, {}, batch, key)
+  loss, _ = jax.jit(losses.diffusion(sd, objective))(params, {}, batch, key)
 
   key_latents, key_corrupt, _ = jax.random.split(key, 3)
   noisy = objectives.corrupt(objective, key_corrupt, sd.latents(batch["moments"], key_latents))
@@ -26,7 +26,7 @@ def test_diffusion_loss_of_a_silent_network_is_the_targets_second_moment(tiny_mo
 def test_kl_is_that_of_the_gaussians(tiny_model):
   sd, params = tiny_model
   image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-  _, metrics = losses.autoencoder(sd, 1.0)(params, {}, {"image": image}, jax.random.key(0))
+  _, metrics = jax.jit(losses.autoencoder(sd, 1.0))(params, {}, {"image": image}, jax.random.key(0))
   mean, log_variance = np.split(np.asarray(sd.moments(params, image), np.float64), 2, axis=-1)
   # E_q[log q - log p] with q = N(mean, exp(log_variance)), written from the densities.
   entropy = 0.5 * (1 + np.log(2 * np.pi) + log_variance)
