@@ -41,8 +41,8 @@ def train_step(
   decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
   metrics |= {
       "loss": loss,
-      "grad_norm": optax.global_norm(grads),
-      "update_norm": optax.global_norm(updates),
+      "grad_norm": optax.tree.norm(grads),
+      "update_norm": optax.tree.norm(updates),
   }
   return state.replace(
       step=state.step + 1,

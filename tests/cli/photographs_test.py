@@ -54,12 +54,12 @@ def test_photographs_become_shards_models_and_pictures(photographs, tmp_path, ca
   assert "19 pictures in 1 shards" in capsys.readouterr().out
   assert run("shards", "inspect", shards) == 0
 
-  few = ["--config.data.batch_size=4", "--config.log_every_steps=1",
-         "--config.optimizer.warmup_steps=10", f"--config.data.urls={shards}"]
-  assert run("train", "--config", "configs/images.py:stage=autoencoder,steps=60", "--workdir",
-             autoencoder, *few) == 0
+  quick = ["--config.log_every_steps=1", "--config.optimizer.warmup_steps=10",
+           f"--config.data.urls={shards}"]
+  assert run("train", "--config", "configs/images.py:stage=autoencoder,steps=60,batch=4",
+             "--workdir", autoencoder, *quick) == 0
   assert run("train", "--config", f"configs/images.py:init_from={autoencoder}/model,steps=60",
-             "--workdir", model, *few) == 0
+             "--workdir", model, *quick) == 0
   for workdir, share in ((autoencoder, 0.7), (model, 0.9)):
     found = losses(workdir)
     assert len(found) == 60 and found[-10:].mean() < share * found[:10].mean(), found
