@@ -41,9 +41,9 @@ def get_config(arg: str = ""):
     c.checkpoint.every_steps = c.preview.every_steps = 250
   else:
     c.trainable = ("unet", "text_encoder")
-    c.total_steps = 2_300
+    c.total_steps = 2_600
     c.data.batch_size = 24
     c.optimizer.decay, c.optimizer.decay_from = "linear", 0.5
-    c.checkpoint.every_steps = c.preview.every_steps = 600
+    c.checkpoint.every_steps = c.preview.every_steps = 650
     c.preview.guidance_scale, c.preview.steps = 2.0, 20
   return c.lock()
