@@ -26,3 +26,13 @@ def tiny_model():
   def perturb(path, leaf):
     return leaf + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32)
   return sd, pytrees.map_paths(perturb, sd.init(0))
+
+
+@pytest.fixture
+def no_room():
+  """Lets no file of this process grow beyond 64 KiB: writes fail as on a full disk."""
+  resource = pytest.importorskip("resource")
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+  yield
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -197,8 +197,12 @@ def write_tensors(file: Path, flat: dict[str, Any], prefix: str) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   tensors = {prefix + names.to_diffusers(path): names.array_to_torch(path, np.asarray(leaf))
              for path, leaf in flat.items()}
-  # Without this mark transformers refuses the file.
-  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+  try:
+    # Without this mark transformers refuses the file.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+  except safetensors.SafetensorError as error:  # not an OSError, even when the disk is full
+    raise UserError(f"{file} cannot be written ({error}); make room, or choose another folder"
+                    ) from error
 
 
 @contextlib.contextmanager

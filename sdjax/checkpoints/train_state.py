@@ -4,7 +4,9 @@ The only module that knows Orbax. A step is written in the background and appear
 name when it is whole; a run killed at any moment finds the last whole one.
 """
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,15 @@ class Checkpoints:
       step: the name of the checkpoint; a step saved already is left alone.
       state: a pytree of arrays.
       position: of the data, a dict that JSON can hold.
+
+    Raises:
+      UserError: when this step, or the one before in the background, cannot be written.
     """
     if step in self._manager.all_steps():
       return
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+    with self._told_when_unwritten():
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
 
   def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict]:
     """Reads a step onto any mesh.
@@ -73,9 +79,29 @@ class Checkpoints:
     return restored["state"], restored["position"]
 
   def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
+    """Waits for what is being written.
+
+    Raises:
+      UserError: when it cannot be written.
+    """
+    with self._told_when_unwritten():
+      self._manager.wait_until_finished()
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _told_when_unwritten(self):
+    """Makes one line of a failed write, a full disk above all, and leaves no part of it."""
+    try:
+      yield
+    except (ValueError, OSError) as error:  # TensorStore's errors are ValueErrors
+      for part in self.folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(part, ignore_errors=True)
+      newest = self.latest_step()
+      reason = str(error).partition('"')[0].strip()  # TensorStore goes on with paths and sources
+      again = "begins anew" if newest is None else f"goes on from step {newest}"
+      raise UserError(
+          f"a checkpoint cannot be written to {self.folder} ({reason}); make room there, and "
+          f"the same command {again}") from error
 
 
 def save_config(workdir: Path, config: Any) -> None:

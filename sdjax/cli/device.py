@@ -29,8 +29,11 @@ def cache_compilations() -> None:
 
 
 def log_to_stderr() -> None:
-  """Shows sdjax's own messages, and of other packages warnings alone."""
+  """Shows sdjax's own messages, and of other packages warnings alone; of Orbax nothing."""
+  import absl.logging
   import jax
+  # Orbax logs the whole traceback of what it then raises.
+  absl.logging.set_verbosity(absl.logging.FATAL)
   handler = logging.StreamHandler(sys.stderr)
   handler.setFormatter(logging.Formatter("%(message)s"))
   logger = logging.getLogger("sdjax")

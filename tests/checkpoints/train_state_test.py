@@ -53,3 +53,12 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
     shapes, shardings, _ = make(width=5)
     with pytest.raises(UserError, match="does not fit this config"):
       saved.restore(1, shapes, shardings)
+
+
+def test_a_checkpoint_without_room_is_told_and_leaves_nothing(tmp_path, no_room):
+  _, _, now = make(width=100_000)
+  saved = train_state.Checkpoints(tmp_path, keep=1)
+  with pytest.raises(UserError, match="make room"):  # at once, or from the background
+    saved.save(1, now, {})
+    saved.close()
+  assert list(tmp_path.iterdir()) == []
