@@ -11,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax import generate, pytrees
+from sdjax import generate
 from sdjax.checkpoints import diffusers as folders
-from sdjax.checkpoints import names
 from sdjax.data import tokenizer
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+compare = pytest.importorskip("compare")
+assert_close, assert_gradient_norms = compare.assert_close, compare.assert_gradient_norms
+nchw, nhwc, perturb = compare.nchw, compare.nhwc, compare.perturb
 
 pytestmark = pytest.mark.oracle
 
@@ -29,15 +31,6 @@ KINDS = {
     "sd2": dict(heads=[2, 4, 8], linear=True, activation="gelu", prediction="v_prediction",
                 middle=False),
 }
-
-
-def perturb(module, seed):
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for parameter in module.parameters():
-      spread = 0.1 if parameter.ndim == 1 else 0.1 * parameter.std()
-      parameter += spread * torch.randn(parameter.shape, generator=generator)
-  return module.eval()
 
 
 def make_pipeline(folder, heads, linear, activation, prediction, middle):
@@ -80,45 +73,10 @@ def both(request, tmp_path_factory):
   return pipeline, *folders.load(folder / "model")
 
 
-def nchw(x):
-  return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
-
-
-def nhwc(x):
-  return x.detach().permute(0, 2, 3, 1).numpy()
-
-
 def unet_inputs(side=(9, 13)):
   rng = np.random.default_rng(0)
   return (rng.standard_normal((2, *side, 4), np.float32), np.array([981, 3], np.float32),
           rng.standard_normal((2, 7, 24), np.float32))
-
-
-def assert_close(name, ours, theirs, atol):
-  ours, theirs = np.asarray(ours), np.asarray(theirs)
-  error = np.abs(ours - theirs).max()
-  print(f"{name}: max error {error:.2g} (at most {atol:g}), "
-        f"largest value {np.abs(theirs).max():.2g}")
-  assert error <= atol
-
-
-def assert_gradient_norms(module, ours, rtol=1e-4):
-  """Compares the norm of the gradient of every parameter by its name."""
-  ours = {names.to_diffusers(path): np.linalg.norm(leaf)
-          for path, leaf in pytrees.flatten(ours).items()}
-  theirs = {names.canonical(name): float(parameter.grad.norm())
-            for name, parameter in module.named_parameters()}
-  module.zero_grad()
-  assert ours.keys() == theirs.keys()
-  # Biases of keys shift all logits of a query alike: their gradients are zero but for rounding.
-  zero = {name for name in theirs if name.endswith((".k_proj.bias", "attentions.0.to_k.bias"))}
-  floor = 1e-5 * max(theirs.values())
-  assert all(max(ours[name], theirs[name]) < floor for name in zero)
-  errors = {name: abs(ours[name] - norm) / norm for name, norm in theirs.items()
-            if name not in zero}
-  worst = max(errors, key=errors.get)
-  print(f"gradient norms: worst {errors[worst]:.2g} of {worst}")
-  assert errors[worst] <= rtol
 
 
 @pytest.mark.parametrize("side", [(8, 8), (9, 13)], ids=str)
