@@ -1,4 +1,4 @@
-"""What the oracles share: perturbed PyTorch modules, layouts, and comparisons that print figures."""
+"""What the oracles share: perturbed PyTorch modules, layouts, comparisons that print figures."""
 
 import jax
 import numpy as np
