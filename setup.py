@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["sdjax", "sdjax.*", "configs"]),
+    package_data={"sdjax.data": ["clip_merges.txt.gz"]},
     entry_points={"console_scripts": ["sdjax = sdjax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",

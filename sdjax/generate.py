@@ -54,9 +54,10 @@ def replicate(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P())
 
 
-@functools.partial(jax.jit, static_argnames="sd")
-def _encode_text(sd: StableDiffusion, params: Params, tokens: jax.Array) -> Condition:
-  return sd.encode_text(params, shard_batch(tokens))
+@functools.partial(jax.jit, static_argnames=("sd", "skip"))
+def _encode_text(sd: StableDiffusion, params: Params, tokens: jax.Array,
+                 weights: jax.Array | None, size: jax.Array | None, skip: int) -> Condition:
+  return sd.encode_text(params, *jax.tree.map(shard_batch, (tokens, size, weights)), skip)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -64,15 +65,15 @@ def _initial_noise(words: jax.Array, shape: tuple) -> jax.Array:
   return replicate(image_noise(shard_batch(words), INITIAL, 0, shape))
 
 
-@functools.partial(jax.jit, static_argnames=("sd", "guided"))
+@functools.partial(jax.jit, static_argnames="sd")
 def _denoise(sd: StableDiffusion, params: Params, table: solvers.Table, x: jax.Array,
-             words: jax.Array, condition: Condition, negative: Condition,
-             guidance_scale: jax.Array, guided: bool) -> jax.Array:
-  """x: [b h w c] standard noise; returns final latents."""
-  if guided:
+             words: jax.Array, condition: Condition, negative: Condition | None,
+             guidance_scale: jax.Array) -> jax.Array:
+  """x: [b h w c] standard noise; negative None: no guidance. Returns final latents."""
+  if negative is not None:
     condition = jax.tree.map(guidance.interleave, condition, negative)
   network = functools.partial(_predict, sd, params, condition)
-  if guided:
+  if negative is not None:
     network = guidance.classifier_free(network, guidance_scale)
   x = shard_batch(x) * table.initial_scale.astype(x.dtype)
   return replicate(sampling.sample(
@@ -114,8 +115,21 @@ def check_request(n: int, guidance_scale: float, seeds: Sequence[int],
       raise UserError(f"{len(values)} {name} for {n} prompts; give one each")
 
 
-def check_latents(latents: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns given noise as float32, or raises UserError unless it is finite and of `shape`."""
+def check_model(sd: StableDiffusion, clip_skip: int) -> None:
+  """Raises UserError unless the UNet reads latents alone, and the encoders have layers to skip."""
+  if sd.unet.in_channels != sd.vae.latent_channels or sd.unet.num_classes is not None:
+    raise UserError(f"this model's UNet reads {sd.unet.in_channels} channels, its latents have "
+                    f"{sd.vae.latent_channels}: it edits or enlarges pictures, and cannot make "
+                    "them from text alone")
+  layers = min(text.layers for text in sd.text_encoders) - sd.is_xl
+  if not 0 <= clip_skip < layers:
+    raise UserError(f"clip_skip is {clip_skip}; this model can skip 0 to {layers - 1} layers")
+
+
+def check_latents(latents: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+  """Returns noise, if any, as float32, or raises UserError unless it is finite and of `shape`."""
+  if latents is None:
+    return None
   if latents.shape != shape:
     raise UserError(f"given latents have shape {list(latents.shape)}; these prompts and this "
                     f"size need {list(shape)}, [n h w c]")
@@ -137,6 +151,8 @@ def text_to_image(
     negative_prompts: Sequence[str] | None = None,
     sampler: str | None = None,
     init_latents: np.ndarray | None = None,
+    weighted: bool = False,
+    clip_skip: int = 0,
     batch_size: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes one image per prompt.
@@ -144,14 +160,17 @@ def text_to_image(
   Args:
     sd: the model.
     params: its arrays; sharded ones need their mesh set (`jax.set_mesh`).
-    prompts: n texts.
+    prompts: n texts of any length.
     steps: network evaluations, 1 … 1000.
     guidance_scale: 1 is off and costs no unconditional pass; 7.5 is usual.
     seeds: n integers in [0, 2**64); equal seeds start from equal noise.
     height, width: of the images, px, multiples of `sd.size_multiple`.
-    negative_prompts: n texts to steer away from; empty ones by default.
+    negative_prompts: n texts to steer away from; by default nothing: empty ones, or zeros where
+      the model was trained so (SDXL).
     sampler: a key of `solvers.SAMPLERS`; None asks the model's scheduler_config.json.
     init_latents: float32 [n h w c] standard normal noise in place of the seeds' own.
+    weighted: prompts have the syntax of `data.prompts`: (word:1.2), [word], BREAK.
+    clip_skip: last layers of the text encoders not to read, 0 as trained.
     batch_size: images made at once; rounded up to the number of devices that share a batch.
 
   Returns:
@@ -161,33 +180,51 @@ def text_to_image(
     UserError: for any argument out of range, before anything is compiled.
   """
   n = len(prompts)
+  zeros = negative_prompts is None and sd.zeros_for_empty_prompt
   negative_prompts = negative_prompts or [""] * n
   check_request(n, guidance_scale, seeds, negative_prompts)
+  check_model(sd, clip_skip)
   shape = sd.latent_shape(height, width)
   table, words = sampler_table(sd, sampler, steps), seed_words(seeds)
-  if init_latents is not None:
-    init_latents = check_latents(init_latents, (n, *shape))
+  init_latents = check_latents(init_latents, (n, *shape))
   images, latents = [], []
   for rows in batches(n, batch_size):
-    tokens = sd.tokenize([prompts[row] for row in rows])
-    negative = sd.tokenize([negative_prompts[row] for row in rows])
+    condition, negative = _conditions(
+        sd, params, [prompts[row] for row in rows], [negative_prompts[row] for row in rows],
+        zeros, height, width, weighted, clip_skip)
     x = _initial_noise(words[rows], shape) if init_latents is None else init_latents[rows]
-    image, latent = _make(sd, params, table, x, words[rows], tokens, negative, guidance_scale)
+    image, latent = _make(
+        sd, params, table, x, words[rows], condition, negative, np.float32(guidance_scale))
     images.append(np.asarray(image))
     latents.append(np.asarray(latent))
   return np.concatenate(images)[:n], np.concatenate(latents)[:n]
 
 
 def _make(sd: StableDiffusion, params: Params, table: solvers.Table, x: jax.Array,
-          words: np.ndarray, tokens: np.ndarray, negative_tokens: np.ndarray,
-          guidance_scale: float) -> tuple[jax.Array, jax.Array]:
-  """Runs the three executables on one batch."""
-  guided = guidance_scale != 1
-  condition = _encode_text(sd, params, tokens)
-  negative = _encode_text(sd, params, negative_tokens) if guided else condition
-  latents = _denoise(sd, params, table, x, words, condition, negative,
-                     np.float32(guidance_scale), guided)
+          words: np.ndarray, condition: Condition, negative: Condition,
+          guidance_scale: np.float32) -> tuple[jax.Array, jax.Array]:
+  """Denoises and decodes one batch."""
+  if sd.unet.guidance_dim is not None:  # distilled: it reads the scale, in one pass
+    condition = condition._replace(guidance=np.full(len(x), guidance_scale))
+    negative = None
+  latents = _denoise(sd, params, table, x, words, condition,
+                     None if guidance_scale == 1 else negative, guidance_scale)
   return _decode(sd, params, latents), latents
+
+
+def _conditions(sd: StableDiffusion, params: Params, prompts: list[str], negative: list[str],
+                zeros: bool, height: int, width: int, weighted: bool, clip_skip: int
+                ) -> tuple[Condition, Condition]:
+  """Encodes prompts and what to steer away from (zeros, if so), as many chunks of both."""
+  n = len(prompts)
+  tokens, weights = sd.tokenize_long(prompts + negative, weighted)
+  wanted, unwanted = (
+      _encode_text(sd, params, tokens[rows], weights[rows] if weighted else None,
+                   sd.default_sizes(n, height, width, negative=side == 1), clip_skip)
+      for side, rows in enumerate((slice(n), slice(n, None))))
+  if zeros:
+    unwanted = unwanted._replace(context=unwanted.context * 0, pooled=unwanted.pooled * 0)
+  return wanted, unwanted
 
 
 def batches(n: int, batch_size: int) -> list[np.ndarray]:

@@ -6,43 +6,39 @@
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdjax.data import prompts as prompts_syntax
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion import prediction
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import UserError
 from sdjax.models import initializers
 from sdjax.models.clip import CLIPText
-from sdjax.models.unet import UNet
+from sdjax.models.unet import Condition, UNet
 from sdjax.models.vae import AutoencoderKL
 
 Params = dict[str, Any]
-
-
-class Condition(NamedTuple):
-  """What a picture is to be, as the network reads it."""
-  context: jax.Array               # [b l d]
-  pooled: jax.Array | None = None  # [b d]
-  size: jax.Array | None = None    # [b 6]
 
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusion:
   """Modules, noise schedule and tokenizers: static, hashable, no arrays.
 
-  `params` of every method is {"unet": …, "vae": …, "text_encoder": …}; a method needs only the
-  networks that it runs.
+  `params` of every method is {"unet": …, "vae": …, and one of each of `text_names`}; a method
+  needs only the networks that it runs.
 
   Attributes:
     unet, vae, text_encoders: Linen modules.
     tokenizers: one per text encoder.
     schedule: noise levels of the network's timesteps.
     prediction_type: what `predict` returns, one of `prediction.TYPES`.
+    zeros_for_empty_prompt: where no negative prompt is given, the condition is zeros instead of
+      that of an empty text (SDXL's force_zeros_for_empty_prompt).
     scheduler_config: the model folder's scheduler_config.json.
   """
   unet: UNet
@@ -50,11 +46,31 @@ class StableDiffusion:
   text_encoders: tuple[CLIPText, ...]
   schedule: Schedule
   prediction_type: str = "epsilon"
+  zeros_for_empty_prompt: bool = False
   tokenizers: tuple[Tokenizer, ...] = dataclasses.field(default=(), compare=False)
   scheduler_config: dict = dataclasses.field(default_factory=dict, compare=False)
 
   def __post_init__(self):
     prediction.check_type(self.prediction_type)
+
+  @property
+  def text_names(self) -> tuple[str, ...]:
+    """Keys of the text encoders in `params`: what folders call them."""
+    if self.is_xl and len(self.text_encoders) == 1:
+      return ("text_encoder_2",)  # the refiner lacks the first
+    return ("text_encoder", "text_encoder_2")[:len(self.text_encoders)]
+
+  @property
+  def is_xl(self) -> bool:
+    """Whether the UNet reads a pooled text and sizes beside the context."""
+    return self.unet.added_dim is not None
+
+  @property
+  def size_numbers(self) -> int:
+    """How many numbers describe sizes: 6 in SDXL, 5 in its refiner, 0 elsewhere."""
+    if not self.is_xl:
+      return 0
+    return (self.unet.added_dim - self.text_encoders[-1].projection) // self.unet.added_time_dim
 
   @property
   def size_multiple(self) -> int:
@@ -84,10 +100,62 @@ class StableDiffusion:
     """Returns the tokens of `prompts` for each of the k text encoders."""
     return np.stack([tokenizer(prompts) for tokenizer in self.tokenizers], axis=1)
 
-  def encode_text(self, params: Params, tokens: jax.Array) -> Condition:  # int32 [b k l]
-    """Returns the condition of tokenized prompts."""
-    return Condition(self.text_encoders[0].apply(
-        {"params": params["text_encoder"]}, tokens[:, 0]))
+  def tokenize_long(self, prompts: list[str], weighted: bool
+                    ) -> tuple[np.ndarray, np.ndarray]:  # int32 [b k l], float32 [b k l]
+    """Returns the tokens of prompts of any length, and their weights; see `prompts.encode`."""
+    tokens, weights = zip(*(prompts_syntax.encode(words, prompts, weighted)
+                            for words in self.tokenizers))
+    return np.stack(tokens, axis=1), np.stack(weights, axis=1)
+
+  def encode_text(
+      self,
+      params: Params,
+      tokens: jax.Array,                  # int32 [b k l]
+      size: jax.Array | None = None,      # [b size_numbers]
+      weights: jax.Array | None = None,   # [b k l]
+      skip: int = 0,
+  ) -> Condition:
+    """Returns the condition of tokenized prompts.
+
+    Texts longer than the encoders' positions are read in pieces (l a multiple of `max_length`), of
+    which the first alone is pooled.
+
+    Args:
+      params, tokens: see above.
+      size: SDXL's; see `default_sizes`.
+      weights: of tokens, 1 changes nothing: each state is multiplied by its token's weight, then
+        a whole piece by one number that gives its mean back (AUTOMATIC1111's emphasis).
+      skip: last layers of the text encoders not to read ("CLIP skip", 0 as trained).
+    """
+    contexts, states = [], None
+    for i, (name, text) in enumerate(zip(self.text_names, self.text_encoders, strict=True)):
+      variables = {"params": params[name]}
+      pieces = tokens[:, i].reshape(-1, min(text.max_length, tokens.shape[-1]))
+      states = text.apply(variables, pieces)
+      if self.is_xl:
+        context = states.hidden[-2 - skip]
+      else:
+        context = text.apply(variables, states.hidden[-1 - skip], method="normalize")
+      if weights is not None:
+        context = _emphasize(context, weights[:, i].reshape(pieces.shape))
+      contexts.append(context.reshape(*tokens[:, i].shape, -1))
+    pooled = None
+    if self.is_xl:
+      pooled = states.projected.reshape(tokens.shape[0], -1, states.projected.shape[-1])[:, 0]
+    return Condition(jnp.concatenate(contexts, axis=-1), pooled, size)
+
+  def default_sizes(self, n: int, height: int, width: int,
+                    negative: bool = False) -> np.ndarray | None:
+    """Returns what SDXL is told of n uncropped images of `height` × `width` px: [n size_numbers].
+
+    Original height and width, top and left of the crop, and target height and width; in the
+    refiner a score of beauty in place of the last two: 6, or 2.5 on the negative side. None for
+    models that are told nothing.
+    """
+    if not self.is_xl:
+      return None
+    target = (height, width) if self.size_numbers == 6 else (2.5 if negative else 6.0,)
+    return np.tile(np.array([height, width, 0, 0, *target], np.float32), (n, 1))
 
   def predict(
       self,
@@ -100,8 +168,7 @@ class StableDiffusion:
       rngs: dict[str, jax.Array] | None = None,
   ) -> jax.Array:              # [b h w c]
     """Returns the network's raw output, of `prediction_type`."""
-    return self.unet.apply(
-        {"params": params["unet"]}, x_t, t, condition.context, train=train, rngs=rngs)
+    return self.unet.apply({"params": params["unet"]}, x_t, t, condition, train=train, rngs=rngs)
 
   def moments(self, params: Params, image: jax.Array) -> jax.Array:
     """Returns mean and log variance of the latents, unscaled: [b H W 3] -> [b h w 2c]."""
@@ -113,7 +180,7 @@ class StableDiffusion:
     if key is not None:
       deviation = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
       mean = mean + deviation * jax.random.normal(key, mean.shape)
-    return mean * self.vae.scaling_factor
+    return (mean - self.vae.shift_factor) * self.vae.scaling_factor
 
   def encode_image(self, params: Params, image: jax.Array, key: jax.Array | None) -> jax.Array:
     """Returns scaled latents [b h w c] of images [b H W 3] in [-1, 1]; key None: the mean."""
@@ -121,7 +188,7 @@ class StableDiffusion:
 
   def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
     """Returns images [b H W 3], about [-1, 1], of scaled latents [b h w c]."""
-    unscaled = latents / self.vae.scaling_factor
+    unscaled = latents / self.vae.scaling_factor + self.vae.shift_factor
     return self.vae.apply({"params": params["vae"]}, unscaled, method="decode")
 
   def astype(self, dtype: str, remat: str = "none") -> "StableDiffusion":
@@ -135,23 +202,22 @@ class StableDiffusion:
 
   def param_shapes(self) -> Params:
     """Returns the tree of parameters as float32 `jax.ShapeDtypeStruct`s."""
-    side = self.size_multiple
-    image = jnp.zeros((1, side, side, 3))
-    latents = jnp.zeros((1, *self.latent_shape(side, side)))
-    text = self.text_encoders[0]
-    tokens = jnp.zeros((1, text.max_length), jnp.int32)
-    context = jnp.zeros((1, text.max_length, self.unet.cross_attention_dim))
     key = jax.random.key(0)
-    shapes = {
-        "unet": jax.eval_shape(self.unet.init, key, latents, jnp.zeros(1), context),
-        "vae": jax.eval_shape(self.vae.init, key, image),
-        "text_encoder": jax.eval_shape(text.init, key, tokens),
-    }
+    modules = {"unet": self.unet, "vae": self.vae,
+               **dict(zip(self.text_names, self.text_encoders, strict=True))}
+    shapes = {name: jax.eval_shape(module.init, key, *module.example())
+              for name, module in modules.items()}
     return {name: variables["params"] for name, variables in shapes.items()}
 
   def init(self, seed: int) -> Params:
     """Returns freshly drawn float32 parameters on the host; equal on every machine."""
     return initializers.draw(self.param_shapes(), seed)
+
+
+def _emphasize(context: jax.Array, weights: jax.Array) -> jax.Array:  # [b l d], [b l]
+  mean = context.mean(axis=(1, 2), keepdims=True)
+  weighted = context * weights[..., None]
+  return weighted * (mean / weighted.mean(axis=(1, 2), keepdims=True))
 
 
 def normalize_latents(
@@ -164,7 +230,13 @@ def normalize_latents(
 
   The convolutions around the latents are 1 × 1, so (z - mean) / deviation and its inverse are
   absorbed exactly; `scaling_factor` becomes 1 and every other program reads the result too.
+
+  Raises:
+    UserError: the autoencoder has no such convolutions (SD3, Flux).
   """
+  if not (sd.vae.quant_conv and sd.vae.post_quant_conv):
+    raise UserError("this autoencoder has no 1 × 1 convolutions around its latents, which would "
+                    "take up their mean and deviation; train one with quant_conv")
   vae = params["vae"]
   quant, post = vae["quant_conv"], vae["post_quant_conv"]
   scale = np.concatenate([1 / deviation, np.ones_like(deviation)]).astype(np.float32)
@@ -180,5 +252,5 @@ def normalize_latents(
           "bias": post["bias"] + np.einsum("ijco,c->o", post["kernel"], mean).astype(np.float32),
       },
   }
-  standard = dataclasses.replace(sd, vae=sd.vae.clone(scaling_factor=1.0))
+  standard = dataclasses.replace(sd, vae=sd.vae.clone(scaling_factor=1.0, shift_factor=0.0))
   return standard, params | {"vae": vae | folded}

@@ -1,11 +1,14 @@
-"""Model folders in the layout of diffusers' `StableDiffusionPipeline`, read and written.
+"""Model folders in the layout of diffusers' Stable Diffusion pipelines, read and written.
 
   model_index.json
   scheduler/scheduler_config.json
-  tokenizer/vocab.json merges.txt tokenizer_config.json
-  text_encoder/config.json model.safetensors
+  tokenizer/vocab.json merges.txt tokenizer_config.json        (and tokenizer_2/)
+  text_encoder/config.json model.safetensors                   (and text_encoder_2/)
   unet/config.json diffusion_pytorch_model.safetensors
   vae/config.json diffusion_pytorch_model.safetensors
+
+Folders of single networks (ControlNets, adapters, image encoders, pixel UNets) are read and written
+by `load_network` and `save_network`.
 """
 
 import contextlib
@@ -15,42 +18,67 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.numpy
+import jax
 
 from sdjax import pytrees
-from sdjax.checkpoints import model_configs, names
+from sdjax.checkpoints import (
+  adapter_configs,
+  clip_configs,
+  model_configs,
+  names,
+  tensors,
+  unet_configs,
+  weights,
+)
 from sdjax.data import tokenizer
 from sdjax.diffusion import schedules
 from sdjax.errors import UserError
+from sdjax.models.adapter import T2IAdapter
+from sdjax.models.clip import CLIPVision
+from sdjax.models.controlnet import ControlNet
+from sdjax.models.unet import UNet
+from sdjax.models.vae import AutoencoderKL
 from sdjax.stable_diffusion import Params, StableDiffusion
 
-PIPELINE = "StableDiffusionPipeline"
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model", "text_encoder_2": "model"}
+# (whether SDXL, channels of the UNet's input) -> the pipeline that a folder is written for. Any
+# pipeline is read that has these networks.
+PIPELINES = {
+    (False, 4): "StableDiffusionPipeline",
+    (False, 5): "StableDiffusionDepth2ImgPipeline",
+    (False, 7): "StableDiffusionUpscalePipeline",
+    (False, 8): "StableDiffusionInstructPix2PixPipeline",
+    (False, 9): "StableDiffusionInpaintPipeline",
+    (True, 4): "StableDiffusionXLPipeline",
+    (True, 8): "StableDiffusionXLInstructPix2PixPipeline",
+    (True, 9): "StableDiffusionXLInpaintPipeline",
 }
-# safetensors' name of a dtype -> numpy's. Others (integers, float8) are no parameters of ours.
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SHOWN = 8  # tensor names in an error
+REFINER, GUIDED = "StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline"
+# Parts of those pipelines that sdjax has no network for: named, and left out.
+ABSENT = ("feature_extractor", "image_encoder", "safety_checker")
 
 
-def load(folder: str | Path, dtype: str | None = "float32") -> tuple[StableDiffusion, Params]:
+def load(
+    folder: str | Path,
+    dtype: str | None = "float32",
+    *,
+    place: weights.Place | None = None,
+    allow_unused: bool = False,
+) -> tuple[StableDiffusion, Params]:
   """Reads a model folder.
 
   Args:
     folder: holds model_index.json.
     dtype: of the parameters returned, "float32", "bfloat16" or "float16"; None as stored.
+    place, allow_unused: see `weights.read`; paths begin with the network ("unet/…").
 
   Returns:
-    (sd, params): modules that compute in float32, and {"unet", "vae", "text_encoder"} of numpy
-    arrays on the host.
+    (sd, params): modules that compute in float32, and {"unet", "vae", "text_encoder", …} of numpy
+    arrays on the host, or of what `place` made of them.
 
   Raises:
-    UserError: something is missing, broken, or is none of Stable Diffusion 1 and 2.
+    UserError: something is missing, broken, or is no Stable Diffusion.
   """
   sd = describe(folder)
   try:
@@ -61,9 +89,21 @@ def load(folder: str | Path, dtype: str | None = "float32") -> tuple[StableDiffu
                     ) from error
   params = {}
   for network, tree in shapes.items():
-    file = Path(folder) / network / WEIGHTS[network]
-    params[network] = read_tensors(file, pytrees.flatten(tree), dtype)
+    params |= _read(Path(folder) / network, network, STEMS[network], tree, dtype, place,
+                    allow_unused)
   return sd, params
+
+
+def _read(folder: Path, network: str, stem: str, shapes: Any, dtype: str | None,
+          place: weights.Place | None, allow_unused: bool) -> Params:
+  """Returns {network: tree} of one network's folder."""
+  found = {}
+  for name, tensor in tensors.open_folder(folder, stem).items():
+    if (today := names.canonical(name)) is not None:
+      found[today] = tensor
+  flat = pytrees.flatten({network: shapes})
+  places = {path: names.to_diffusers(path.partition("/")[2]) for path in flat}
+  return weights.read(folder, found, places, flat, dtype, place, allow_unused)
 
 
 def describe(folder: str | Path) -> StableDiffusion:
@@ -71,26 +111,35 @@ def describe(folder: str | Path) -> StableDiffusion:
   folder = Path(folder)
   if not folder.is_dir():
     raise UserError(f"there is no model folder {folder}")
-  pipeline = read_json(folder / "model_index.json").get("_class_name")
-  if pipeline != PIPELINE:
-    raise UserError(f"{folder / 'model_index.json'} is of a {pipeline}; sdjax reads {PIPELINE}")
+  index = read_json(folder / "model_index.json")
+  present = [name for name in ("text_encoder", "text_encoder_2")
+             if isinstance(index.get(name), list) and index[name][0]]
+  lacking = [name for name in ("unet", "vae", "scheduler") if not index.get(name)]
+  if lacking or not present or "StableDiffusion3" in str(index.get("_class_name")):
+    raise UserError(f"{folder / 'model_index.json'} is of a {index.get('_class_name')} "
+                    f"{'without ' + ', '.join(lacking) if lacking else ''}; sdjax reads Stable "
+                    "Diffusion 1, 2 and XL")
   scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
   if scheduler.get("trained_betas") is not None:
     raise UserError(f"{folder}: the scheduler has trained_betas; sdjax reads schedules by name")
-  text_encoder = model_configs.read_text_encoder(read_json(folder / "text_encoder" / "config.json"))
-  words = tokenizer.load(folder / "tokenizer")
-  if words.vocab_size > text_encoder.vocab_size or words.length > text_encoder.max_length:
-    raise UserError(
-        f"{folder}: the tokenizer makes {words.length} tokens of {words.vocab_size} ids, the text "
-        f"encoder reads {text_encoder.max_length} of {text_encoder.vocab_size}; they belong to "
-        "different models")
+  texts = tuple(clip_configs.read_text_encoder(read_json(folder / name / "config.json"), name)
+                for name in present)
+  tokenizers = tuple(tokenizer.load(folder / name.replace("text_encoder", "tokenizer"))
+                     for name in present)
+  for text, words in zip(texts, tokenizers, strict=True):
+    if words.vocab_size > text.vocab_size or words.length > text.max_length:
+      raise UserError(
+          f"{folder}: the tokenizer makes {words.length} tokens of {words.vocab_size} ids, the "
+          f"text encoder reads {text.max_length} of {text.vocab_size}; they belong to different "
+          "models")
   return StableDiffusion(
-      unet=model_configs.read_unet(read_json(folder / "unet" / "config.json")),
+      unet=unet_configs.read(read_json(folder / "unet" / "config.json")),
       vae=model_configs.read_vae(read_json(folder / "vae" / "config.json")),
-      text_encoders=(text_encoder,),
-      tokenizers=(words,),
+      text_encoders=texts,
+      tokenizers=tokenizers,
       schedule=schedules.from_config(scheduler),
       prediction_type=scheduler.get("prediction_type", "epsilon"),
+      zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
       scheduler_config=scheduler)
 
 
@@ -99,128 +148,119 @@ def save(folder: str | Path, sd: StableDiffusion, params: Params) -> None:
 
   Args:
     folder: made; a model folder already there is replaced, anything else is not.
-    sd: brings the configs, the tokenizer and the scheduler.
-    params: {"unet", "vae", "text_encoder"}, each written in the dtype that it has.
+    sd: brings the configs, the tokenizers and the scheduler.
+    params: {"unet", "vae", "text_encoder", …}, each tensor written in the dtype that it has.
 
   Raises:
     UserError: `folder` exists and is no model folder.
   """
   scheduler = sd.scheduler_config or schedules.to_config(sd.schedule, sd.prediction_type)
-  text_encoder, words = sd.text_encoders[0], sd.tokenizers[0]
+  with whole_folder(Path(folder)) as new:
+    write_json(new / "model_index.json", _index(sd, scheduler))
+    write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(new / "unet" / "config.json", unet_configs.write(sd.unet))
+    write_json(new / "vae" / "config.json", model_configs.write_vae(sd.vae, sd.default_size))
+    for name, text, words in zip(sd.text_names, sd.text_encoders, sd.tokenizers, strict=True):
+      write_json(new / name / "config.json", clip_configs.write_text_encoder(text, words))
+      words.save(new / name.replace("text_encoder", "tokenizer"))
+    for network in ("unet", "vae", *sd.text_names):
+      _write(new / network, network, STEMS[network], params[network])
+
+
+def _index(sd: StableDiffusion, scheduler: dict) -> dict:
+  if sd.size_numbers == 5:
+    pipeline = REFINER
+  elif sd.unet.guidance_dim is not None:
+    pipeline = GUIDED
+  else:
+    pipeline = PIPELINES.get((sd.is_xl, sd.unet.in_channels), PIPELINES[sd.is_xl, 4])
   index = {
-      "_class_name": PIPELINE,
+      "_class_name": pipeline,
       "_diffusers_version": "0.30.0",
-      "feature_extractor": [None, None],
-      "image_encoder": [None, None],
-      "requires_safety_checker": False,
-      "safety_checker": [None, None],
       "scheduler": ["diffusers", scheduler["_class_name"]],
-      "text_encoder": ["transformers", "CLIPTextModel"],
-      "tokenizer": ["transformers", "CLIPTokenizer"],
       "unet": ["diffusers", "UNet2DConditionModel"],
       "vae": ["diffusers", "AutoencoderKL"],
+      **{name: [None, None] for name in ABSENT},
   }
-  side_px = sd.unet.sample_size * sd.vae.downsampling
-  with whole_folder(Path(folder)) as new:
-    write_json(new / "model_index.json", index)
-    write_json(new / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(new / "unet" / "config.json", model_configs.write_unet(sd.unet))
-    write_json(new / "vae" / "config.json", model_configs.write_vae(sd.vae, side_px))
-    write_json(new / "text_encoder" / "config.json",
-               model_configs.write_text_encoder(text_encoder, words))
-    words.save(new / "tokenizer")
-    for network, file in WEIGHTS.items():
-      write_tensors(new / network / file, pytrees.flatten(params[network]),
-                    names.PREFIXES.get(network, ""))
+  if sd.is_xl:
+    index |= {"force_zeros_for_empty_prompt": sd.zeros_for_empty_prompt,
+              "text_encoder": [None, None], "tokenizer": [None, None]}
+    del index["safety_checker"]
+  else:
+    index["requires_safety_checker"] = False
+  if pipeline == REFINER:
+    index["requires_aesthetics_score"] = True
+  for name, text in zip(sd.text_names, sd.text_encoders, strict=True):
+    index[name] = ["transformers", clip_configs.class_name(text)]
+    index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+  return index
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Returns {tensor name: (dtype as in `DTYPES`, shape)} of a safetensors file, in order of name.
-
-  Raises:
-    UserError: the file is missing or is not safetensors.
-  """
-  with _opened(file) as tensors:
-    slices = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
-    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+def _write(folder: Path, network: str, stem: str, tree: Any) -> None:
+  flat = pytrees.flatten(tree)
+  places = {path: names.to_file(network, path) for path in flat}
+  tensors.write_folder(folder, stem, weights.to_tensors(places, flat))
 
 
-def read_tensors(file: Path, shapes: dict[str, Any], dtype: str | None) -> dict:
-  """Reads one network.
+# Class -> (what its file is called like, stem of the weights, reader of its config.json).
+NETWORKS = {
+    "AutoencoderKL": ("vae", "diffusion_pytorch_model", model_configs.read_vae),
+    "CLIPVisionModelWithProjection": ("image_encoder", "model", clip_configs.read_image_encoder),
+    "ControlNetModel": ("controlnet", "diffusion_pytorch_model", unet_configs.read),
+    "T2IAdapter": ("adapter", "diffusion_pytorch_model", adapter_configs.read_adapter),
+    "UNet2DConditionModel": ("unet", "diffusion_pytorch_model", unet_configs.read),
+    "UNet2DModel": ("unet", "diffusion_pytorch_model", unet_configs.read),
+}
+WRITERS = {
+    AutoencoderKL: model_configs.write_vae,
+    CLIPVision: clip_configs.write_image_encoder,
+    ControlNet: unet_configs.write,
+    T2IAdapter: adapter_configs.write_adapter,
+    UNet: unet_configs.write,
+}
+
+
+def load_network(folder: str | Path, dtype: str | None = "float32", *,
+                 place: weights.Place | None = None) -> tuple[Any, Any]:
+  """Reads the folder of one network.
 
   Args:
-    file: safetensors, by diffusers' names.
-    shapes: {path: leaf with a shape} of all parameters that must be there, and no others.
-    dtype: to cast to; None as stored.
+    folder: holds the config.json of one of `NETWORKS`, and its weights.
+    dtype, place: as in `load`.
 
   Returns:
-    The tree of parameters.
+    (module, params).
 
   Raises:
-    UserError: tensors are missing, unknown, of another shape, or no longer finite in `dtype`.
+    UserError: as `load`.
   """
-  stored = read_header(file)
-  place = {names.canonical(name): name for name in stored if names.canonical(name) is not None}
-  wanted = {names.to_diffusers(path): path for path in shapes}
-  _complain(file, "lacks", wanted.keys() - place.keys())
-  _complain(file, "has unknown", [place[name] for name in place.keys() - wanted.keys()])
-  _complain(file, "has, of another shape than config.json says,", [
-      place[name] for name, path in wanted.items()
-      if stored[place[name]][1] != names.shape_to_torch(path, shapes[path].shape)])
-  _complain(file, "has, of a dtype other than floats of 16 to 64 bits,", [
-      place[name] for name in wanted if stored[place[name]][0] not in DTYPES])
-
-  flat, overflown = {}, []
-  with _opened(file) as tensors:
-    for name, path in wanted.items():
-      array = names.array_from_torch(path, tensors.get_tensor(place[name]))
-      flat[path] = array if dtype is None else cast(array, dtype)
-      if flat[path].dtype.itemsize < array.dtype.itemsize and not _as_finite(array, flat[path]):
-        overflown.append(place[name])
-  _complain(file, f"has, too large for {dtype} (bfloat16 or float32 would hold them),", overflown)
-  return pytrees.unflatten(flat)
+  folder = Path(folder)
+  config = read_json(folder / "config.json")
+  network, stem, read = networks_entry(folder, config)
+  module = read(config)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
+  return module, _read(folder, network, stem, shapes, dtype, place, False)[network]
 
 
-def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-  """Returns a host array as "float32", "bfloat16" or "float16"; what is too large becomes inf."""
-  with np.errstate(over="ignore"):
-    return array.astype(jnp.dtype(dtype), copy=False)
+def save_network(folder: str | Path, module: Any, params: Any) -> None:
+  """The inverse of `load_network`; files there are replaced."""
+  config = WRITERS[type(module)](module)
+  network, stem, _ = NETWORKS[class_name(config)]
+  write_json(Path(folder) / "config.json", config)
+  _write(Path(folder), network, stem, params)
 
 
-def _as_finite(before: np.ndarray, after: np.ndarray) -> bool:
-  finite = np.isfinite(after)
-  return bool(finite.all()) or bool((finite == np.isfinite(before)).all())
+def networks_entry(folder: Path, config: dict) -> tuple:
+  """Returns the row of `NETWORKS` for the config.json of `folder`, or raises UserError."""
+  name = class_name(config)
+  if name not in NETWORKS:
+    raise UserError(f"{folder / 'config.json'} is of a {name}; sdjax reads {', '.join(NETWORKS)}")
+  return NETWORKS[name]
 
 
-def write_tensors(file: Path, flat: dict[str, Any], prefix: str) -> None:
-  """Writes parameters {path: array} under diffusers' names, each after `prefix`."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  tensors = {prefix + names.to_diffusers(path): names.array_to_torch(path, np.asarray(leaf))
-             for path, leaf in flat.items()}
-  try:
-    # Without this mark transformers refuses the file.
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-  except safetensors.SafetensorError as error:  # not an OSError, even when the disk is full
-    raise UserError(f"{file} cannot be written ({error}); make room, or choose another folder"
-                    ) from error
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[safetensors.safe_open]:
-  if not file.is_file():
-    raise UserError(f"there is no file {file}; sdjax reads models with safetensors weights")
-  try:
-    tensors = safetensors.safe_open(file, framework="numpy")
-  except safetensors.SafetensorError as error:
-    raise UserError(f"{file} is broken or not safetensors ({error}); copy it again") from error
-  with tensors as opened:
-    yield opened
-
-
-def _complain(file: Path, what: str, tensors) -> None:
-  if tensors := sorted(tensors):
-    more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
-    raise UserError(f"{file} {what} {len(tensors)} tensors: {', '.join(tensors[:SHOWN])}{more}")
+def class_name(config: dict) -> str | None:
+  """Returns whose config it is: diffusers writes a name, transformers a list of one."""
+  return config.get("_class_name") or (config.get("architectures") or [None])[0]
 
 
 def read_json(file: Path) -> dict:

@@ -8,18 +8,20 @@ images, OIHW convolutions, [out, in] matrices) exist in this file only.
 """
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 # PyTorch's lists of modules: `resnets_1` here is `resnets.1` there. Other names end in a number
 # too (`conv1`, `linear_1`), and keep it.
 LISTS = (
-    "attentions", "down_blocks", "downsamplers", "layers", "net", "resnets", "to_out",
-    "transformer_blocks", "up_blocks", "upsamplers",
+    "attentions", "blocks", "body", "controlnet_down_blocks", "down_blocks", "downsamplers",
+    "layers", "net", "resnets", "to_out", "transformer_blocks", "up_blocks", "upsamplers",
 )
 
 # Our leaf -> theirs. Unique within a module, so that renaming is one-to-one.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+          "class_embedding": "class_embedding"}
 
 # (our leaf, number of axes) -> axes of their array in our order; all other leaves are alike.
 AXES = {
@@ -27,13 +29,15 @@ AXES = {
     ("kernel", 2): (1, 0),        # [out in] -> [in out]
 }
 
-# What files of one network put before every name.
-PREFIXES = {"text_encoder": "text_model."}
+# What files of one network put before every name that does not begin with one of `PROJECTIONS`.
+PREFIXES = {"text_encoder": "text_model.", "text_encoder_2": "text_model.",
+            "image_encoder": "vision_model."}
+PROJECTIONS = ("text_projection.", "visual_projection.")
 
 # Spellings of other versions: (regex, today's). The autoencoders of the first releases have their
 # attention by diffusers' old names; transformers 5 leaves out the prefix of text towers.
 SYNONYMS = (
-    (r"^text_model\.", ""),
+    (r"^(text|vision)_model\.", ""),
     (r"\.query\.(weight|bias)$", r".to_q.\1"),
     (r"\.key\.(weight|bias)$", r".to_k.\1"),
     (r"\.value\.(weight|bias)$", r".to_v.\1"),
@@ -52,11 +56,21 @@ def to_diffusers(path: str) -> str:
   return _LIST_ITEM.sub(r"\1\2.\3", module.replace("/", ".")) + "." + LEAVES[leaf]
 
 
-def canonical(name: str) -> str | None:
+def to_file(network: str, path: str) -> str:
+  """Returns the name of a path in diffusers' file of `network` ("unet", "text_encoder", …)."""
+  name = to_diffusers(path)
+  return name if name.startswith(PROJECTIONS) else PREFIXES.get(network, "") + name
+
+
+def canonical(
+    name: str,
+    ignored: Iterable[str] = IGNORED,
+    synonyms: Iterable[tuple[str, str]] = SYNONYMS,
+) -> str | None:
   """Returns today's name, without prefix, of a name in a file; None where it says nothing."""
-  if any(re.search(pattern, name) for pattern in IGNORED):
+  if any(re.search(pattern, name) for pattern in ignored):
     return None
-  for pattern, replacement in SYNONYMS:
+  for pattern, replacement in synonyms:
     name = re.sub(pattern, replacement, name)
   return name
 

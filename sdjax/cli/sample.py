@@ -11,13 +11,22 @@ def parser() -> argparse.ArgumentParser:
   """Returns the flags of the command."""
   p = argparse.ArgumentParser(prog="sdjax sample", description=__doc__)
   p.add_argument("--model", required=True, metavar="DIR",
-                 help="a folder in the diffusers layout, or the --workdir of a run")
+                 help="a folder in the diffusers layout, hf://owner/name, a single .safetensors, "
+                 "or the --workdir of a run")
   what = p.add_mutually_exclusive_group(required=True)
   what.add_argument("--prompt", action="append", help="may be given several times")
   what.add_argument("--prompts", metavar="FILE",
                     help="a prompt a line (.txt), or .jsonl with prompt, and seed or "
                     "negative_prompt if wanted")
   p.add_argument("--negative-prompt", default="", help="what to steer away from")
+  p.add_argument("--weighted", action="store_true",
+                 help="prompts weigh words: (word:1.2), [word], BREAK, as in A1111")
+  p.add_argument("--clip-skip", type=int, default=0, metavar="N",
+                 help="last layers of the text encoder not to read (0; A1111 counts one more)")
+  p.add_argument("--lora", metavar="FILE[:SCALE]", action="append", default=[],
+                 help="merge this into the model (scale 1); may be given several times")
+  p.add_argument("--embedding", metavar="FILE", action="append", default=[],
+                 help="a textual inversion, by its name in prompts; may be given several times")
   p.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt")
   p.add_argument("--steps", type=int, default=30, help="network evaluations (30)")
   p.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off (7.5)")
@@ -44,19 +53,28 @@ def main(argv: list[str]) -> int:
   import numpy as np
 
   from sdjax import generate, pictures
+  from sdjax.checkpoints import lora, sources, textual_inversion
   from sdjax.cli import device
-  from sdjax.cli.convert import load
+  from sdjax.cli.convert import read_scale
   device.cache_compilations()
   given = None if flags.init_latents is None else read_latents(flags.init_latents)
-  sd, params = load(flags.model)
+  sd, params = sources.load(flags.model)
+  if flags.lora:
+    params = lora.merge(params, [
+        (lora.load(file, sd.unet, params), scale) for file, scale in map(read_scale, flags.lora)])
+  if flags.embedding:
+    sd, params = textual_inversion.attach(
+        sd, params, [textual_inversion.load(file) for file in flags.embedding])
   sd = sd.astype(flags.dtype)
   side = sd.default_size
+  negative = [request["negative_prompt"] for request in requests]
   images, latents = generate.text_to_image(
       sd, params, [request["prompt"] for request in requests], steps=flags.steps,
       guidance_scale=flags.guidance_scale, seeds=[request["seed"] for request in requests],
       height=flags.height or side, width=flags.width or side,
-      negative_prompts=[request["negative_prompt"] for request in requests],
-      sampler=flags.sampler, init_latents=given, batch_size=flags.batch_size)
+      negative_prompts=negative if any(negative) else None, sampler=flags.sampler,
+      init_latents=given, weighted=flags.weighted, clip_skip=flags.clip_skip,
+      batch_size=flags.batch_size)
   out = Path(flags.out)
   drawn = pictures.to_uint8(images)
   for number, (picture, request) in enumerate(zip(drawn, requests, strict=True)):

@@ -79,12 +79,12 @@ def _inspect(arguments) -> int:
 
 def _encode(arguments) -> int:
   from sdjax import encode
+  from sdjax.checkpoints import sources
   from sdjax.cli import device
-  from sdjax.cli.convert import load
   from sdjax.data import pack, shards
   device.cache_compilations()
   index = shards.build_index(arguments.urls)
-  sd, params = load(arguments.model)
+  sd, params = sources.load(arguments.model)
   samples = encode.samples(sd, params, index, arguments.resolution or sd.default_size)
   result = pack.write_shards(_bar(samples, index.count, "encoding"), arguments.out)
   print(f"{result.samples} encoded pictures in {result.shards} shards "

@@ -21,9 +21,15 @@ RULES = (
     (r"unet/conv_out/kernel$", "zero"),
     (r"unet/.*conv2/kernel$", "zero"),
     (r"unet/.*/proj_out/kernel$", "zero"),
+    # ControlNets begin as nothing (Zhang et al. 2023, section 3.1).
+    (r"controlnet_(down|mid)_block[s_\d]*/kernel$", "zero"),
+    (r"controlnet_cond_embedding/conv_out/kernel$", "zero"),
     # CLIP (Radford et al. 2021), section 2.5.
     (r"token_embedding/embedding$", "normal_0.02"),
     (r"position_embedding/embedding$", "normal_0.01"),
+    (r"embeddings/class_embedding$", "normal_0.02"),
+    # One vector per class, of the size of the time's.
+    (r"class_embedding/embedding$", "normal_1.0"),
     (r"kernel$", "fan_in"),
 )
 

@@ -152,3 +152,25 @@ class Upsample(nn.Module):
     if size is not None:
       x = x[:, :size[0], :size[1]]
     return conv3x3(x.shape[-1], self.dtype, "conv")(x)
+
+
+class AttentionBlock(nn.Module):
+  """Self-attention over all pixels, around a residual, norm first.
+
+  Attributes:
+    heads: 1 in the autoencoder.
+    groups, epsilon: of the norm.
+    dtype: of the matrix products.
+  """
+  heads: int
+  groups: int
+  epsilon: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: None = None) -> jax.Array:  # [b h w c]
+    """`context` is there to be called as a Transformer is; there is nothing to attend to in it."""
+    b, h, w, c = x.shape
+    y = group_norm(self.groups, self.epsilon, "group_norm")(x).reshape(b, h * w, c)
+    y = multi_head_attention(y, y, heads=self.heads, bias=True, dtype=self.dtype)
+    return x + y.reshape(x.shape)

@@ -3,7 +3,9 @@
   image [b H W 3] ─► encoder ─► quant_conv ─► mean, log variance [b h w 2c]
   latents [b h w c] ─► post_quant_conv ─► decoder ─► image
 
-Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1. Norms have epsilon 1e-6.
+Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1. Norms have epsilon 1e-6. The
+autoencoders of 16 channels (Esser et al. 2024, https://arxiv.org/abs/2403.03206) have neither
+quant_conv nor post_quant_conv.
 """
 
 import functools
@@ -14,26 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.layers import (
+  AttentionBlock,
   Downsample,
   ResnetBlock,
   Upsample,
   conv3x3,
   group_norm,
-  multi_head_attention,
 )
-
-
-class AttentionBlock(nn.Module):
-  """Self-attention of one head over all pixels, around a residual."""
-  groups: int
-  dtype: str
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:  # [b h w c]
-    b, h, w, c = x.shape
-    y = group_norm(self.groups, 1e-6, "group_norm")(x).reshape(b, h * w, c)
-    y = multi_head_attention(y, y, heads=1, bias=True, dtype=self.dtype)
-    return x + y.reshape(x.shape)
 
 
 class MidBlock(nn.Module):
@@ -47,7 +36,7 @@ class MidBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:  # [b h w c]
     x = self.resnet(x.shape[-1], name="resnets_0")(x)
     if self.attend:
-      x = AttentionBlock(self.groups, self.dtype, name="attentions_0")(x)
+      x = AttentionBlock(1, self.groups, 1e-6, self.dtype, name="attentions_0")(x)
     return self.resnet(x.shape[-1], name="resnets_1")(x)
 
 
@@ -135,7 +124,10 @@ class AutoencoderKL(nn.Module):
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     norm_groups: of every GroupNorm (norm_num_groups).
     mid_block_attention: whether the lowest level attends (mid_block_add_attention).
-    scaling_factor: the diffusion model sees latents times this. Not applied in here.
+    scaling_factor, shift_factor: the diffusion model sees (latents - shift) · scaling. Not applied
+      in here.
+    quant_conv, post_quant_conv: whether there is a 1 × 1 convolution after the encoder, before the
+      decoder (use_quant_conv, use_post_quant_conv).
     dtype: of convolutions and matrix products.
   """
   in_channels: int = 3
@@ -146,7 +138,15 @@ class AutoencoderKL(nn.Module):
   norm_groups: int = 32
   mid_block_attention: bool = True
   scaling_factor: float = 0.18215
+  shift_factor: float = 0.0
+  quant_conv: bool = True
+  post_quant_conv: bool = True
   dtype: str = "float32"
+
+  def example(self) -> tuple:
+    """Returns the shape of an image."""
+    side = self.downsampling
+    return (jax.ShapeDtypeStruct((1, side, side, self.in_channels), jnp.float32),)
 
   @property
   def downsampling(self) -> int:
@@ -160,18 +160,23 @@ class AutoencoderKL(nn.Module):
         norm_groups=self.norm_groups, mid_block_attention=self.mid_block_attention,
         dtype=self.dtype)
     moments = 2 * self.latent_channels
+    conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
     self.encoder = Encoder(moments, **shared)
-    self.quant_conv = nn.Conv(moments, (1, 1), dtype=self.dtype)
-    self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
     self.decoder = Decoder(self.out_channels, **shared)
+    # Not under the names of their parameters, which are those of fields.
+    self.to_moments = self.from_latents = lambda x: x
+    if self.quant_conv:
+      self.to_moments = conv1x1(moments, name="quant_conv")
+    if self.post_quant_conv:
+      self.from_latents = conv1x1(self.latent_channels, name="post_quant_conv")
 
   def encode(self, image: jax.Array) -> jax.Array:
     """Returns mean and log variance [b h w 2c] float32 of images [b H W 3] in [-1, 1]."""
-    return self.quant_conv(self.encoder(image)).astype(jnp.float32)
+    return self.to_moments(self.encoder(image)).astype(jnp.float32)
 
   def decode(self, latents: jax.Array) -> jax.Array:
     """Returns images [b H W 3] float32, about [-1, 1], of unscaled latents [b h w c]."""
-    return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+    return self.decoder(self.from_latents(latents)).astype(jnp.float32)
 
   def __call__(
       self,

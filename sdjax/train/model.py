@@ -44,8 +44,12 @@ def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
     captions = itertools.chain.from_iterable(peek.first_captions(index, CAPTIONS_READ))
     words = tokenizer.train(captions, config.tokenizer.length, config.tokenizer.vocab_size)
     sd = new(config.model, words, wanted, prediction_type)
-    params = sd.init(config.seed)
+    params = None
+  if sd.is_xl or sd.unet.in_channels != sd.vae.latent_channels:
+    raise UserError(f"config.model {config.init_from or config.model} reads more than latents and "
+                    "one text, and its training is not there yet; train a model like sd15 or sd21")
   sd.latent_shape(config.data.resolution, config.data.resolution)  # refuses what it cannot halve
+  params = params or sd.init(config.seed)
   unet = sd.unet.clone(sample_size=config.data.resolution // sd.vae.downsampling)
   sd = dataclasses.replace(sd, unet=unet)
   if unknown := set(config.trainable) - set(params):
@@ -57,8 +61,8 @@ def new(preset: str, words: tokenizer.Tokenizer, schedule: schedules.Schedule,
         prediction_type: str) -> StableDiffusion:
   """Returns an untrained model of a preset, its text encoder fitted to a tokenizer."""
   modules = presets.preset(preset)
-  text_encoder = modules["text_encoder"].clone(
-      vocab_size=words.vocab_size, max_length=words.length)
+  text_encoder = modules["text_encoders"][0].clone(
+      vocab_size=words.vocab_size, max_length=words.length, eos_id=words.eos_id)
   return StableDiffusion(
       unet=modules["unet"], vae=modules["vae"], text_encoders=(text_encoder,),
       tokenizers=(words,), schedule=schedule, prediction_type=prediction_type,

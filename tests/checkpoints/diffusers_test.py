@@ -11,7 +11,13 @@ import pytest
 import safetensors.numpy
 
 from sdjax import pytrees
-from sdjax.checkpoints import diffusers, model_configs
+from sdjax.checkpoints import (
+  clip_configs,
+  diffusers,
+  model_configs,
+  sources,
+  unet_configs,
+)
 from sdjax.cli import convert
 from sdjax.data import tokenizer
 from sdjax.diffusion import schedules
@@ -24,7 +30,8 @@ def build(name="tiny"):
   modules = preset(name)
   words = tokenizer.train(["a red circle"], length=16, vocab_size=520)
   schedule = schedules.Schedule("scaled_linear", 0.001, 0.02)
-  text = modules["text_encoder"].clone(vocab_size=words.vocab_size, max_length=words.length)
+  text = modules["text_encoders"][0].clone(
+      vocab_size=words.vocab_size, max_length=words.length, eos_id=words.eos_id)
   return StableDiffusion(
       unet=modules["unet"], vae=modules["vae"], text_encoders=(text,), tokenizers=(words,),
       schedule=schedule, prediction_type="v_prediction",
@@ -80,7 +87,8 @@ def test_load_casts_as_asked(model, folder):
 
 def test_parameters_on_devices_are_saved_too(model, folder, tmp_path):
   diffusers.save(tmp_path / "b", model[0], jax.tree.map(jnp.asarray, model[1]))
-  for network, file in diffusers.WEIGHTS.items():
+  for network in model[1]:
+    file = diffusers.STEMS[network] + ".safetensors"
     same = (folder / network / file).read_bytes() == (tmp_path / "b" / network / file).read_bytes()
     assert same, network
 
@@ -89,12 +97,15 @@ def test_parameters_on_devices_are_saved_too(model, folder, tmp_path):
 def test_configs_of_all_presets_are_invertible(name):
   modules = preset(name)
   words = build().tokenizers[0]
-  unet, vae, text = modules["unet"], modules["vae"], modules["text_encoder"]
   through_json = lambda config: json.loads(json.dumps(config))
-  assert model_configs.read_unet(through_json(model_configs.write_unet(unet))) == unet
-  assert model_configs.read_vae(through_json(model_configs.write_vae(vae, 64))) == vae
-  assert model_configs.read_text_encoder(
-      through_json(model_configs.write_text_encoder(text, words))) == text
+  unet = modules["unet"]
+  assert unet_configs.read(through_json(unet_configs.write(unet))) == unet
+  if "vae" in modules:
+    vae = modules["vae"]
+    assert model_configs.read_vae(through_json(model_configs.write_vae(vae, 64))) == vae
+  for text in modules.get("text_encoders", ()):
+    assert clip_configs.read_text_encoder(
+        through_json(clip_configs.write_text_encoder(text, words))) == text
 
 
 def test_files_of_other_versions_are_read(model, folder):
@@ -108,13 +119,14 @@ def test_files_of_other_versions_are_read(model, folder):
 
 
 def test_config_without_an_option_means_the_default_of_diffusers():
-  assert model_configs.read_unet({"cross_attention_dim": 768}) == preset("sd15")["unet"]
+  assert unet_configs.read({"cross_attention_dim": 768}) == preset("sd15")["unet"]
 
 
 @pytest.mark.parametrize("file, changes, told", [
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
-    ("unet/config.json", {"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block"),
-    ("unet/config.json", {"norm_eps": 1e-6}, "norm_eps"),
+    ("unet/config.json", {"transformer_layers_per_block": [1, 2, 3]}, "transformer_layers"),
+    ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type"),
+    ("unet/config.json", {"norm_eps": "small"}, "norm_eps"),
     ("unet/config.json", {"invented_later": 3}, "invented_later"),
     ("unet/config.json", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types"),
     ("unet/config.json", {"up_block_types": ["SimpleUpBlock"] * 2}, "SimpleUpBlock"),
@@ -122,8 +134,8 @@ def test_config_without_an_option_means_the_default_of_diffusers():
     ("unet/config.json", {"attention_head_dim": [2, None]}, "attention_head_dim"),
     ("unet/config.json", {"norm_num_groups": 7}, "cannot be built"),
     ("unet/config.json", {"cross_attention_dim": 31}, "to_k"),
-    ("vae/config.json", {"shift_factor": 0.1}, "shift_factor"),
-    ("vae/config.json", {"use_quant_conv": False}, "use_quant_conv"),
+    ("vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean"),
+    ("vae/config.json", {"use_quant_conv": False}, "quant_conv"),
     ("text_encoder/config.json", {"hidden_act": "relu"}, "relu"),
     ("text_encoder/config.json", {"model_type": "t5"}, "t5"),
     ("text_encoder/config.json", {"vocab_size": 100}, "tokenizer"),
@@ -131,7 +143,8 @@ def test_config_without_an_option_means_the_default_of_diffusers():
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
     ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "sigmoid"),
     ("scheduler/scheduler_config.json", {"prediction_type": "x0"}, "x0"),
-    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "XL"),
+    ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "StableDiffusion3Pipeline"),
+    ("model_index.json", {"unet": None}, "without unet"),
 ])
 def test_what_is_not_supported_is_told(folder, file, changes, told):
   edit_json(folder / file, **changes)
@@ -159,7 +172,7 @@ def to_integers(tensors):
     (drop, "conv_in.weight, conv_out.bias"), (add, "controlnet.weight"),
     (reshape, "conv_in.weight"), (to_integers, "conv_in.bias")])
 def test_wrong_tensors_are_told_by_name(folder, change, told):
-  edit_tensors(folder / "unet" / diffusers.WEIGHTS["unet"], change)
+  edit_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", change)
   with pytest.raises(UserError, match=told):
     diffusers.load(folder)
 
@@ -168,7 +181,7 @@ def test_numbers_too_large_for_the_dtype_are_told(folder):
   def enlarge(tensors):
     tensors["conv_in.bias"][0] = 1e6
 
-  edit_tensors(folder / "unet" / diffusers.WEIGHTS["unet"], enlarge)
+  edit_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", enlarge)
   with pytest.raises(UserError, match="float16.*conv_in.bias"):
     diffusers.load(folder, "float16")
   diffusers.load(folder, "bfloat16")
@@ -229,7 +242,7 @@ def test_convert_changes_the_dtype_and_verifies(model, folder, tmp_path, capsys)
     convert.main([str(folder), str(folder)])
   other = jax.tree.map(lambda x: x + 1, model[1])
   with pytest.raises(UserError, match="differently"):
-    convert.verify(folder, other)
+    convert.verify(folder, model[0], other)
 
 
 def test_inspect_tells_what_a_folder_is(model, folder, capsys):
@@ -241,6 +254,6 @@ def test_inspect_tells_what_a_folder_is(model, folder, capsys):
 
 
 def test_a_run_that_exported_a_model_is_a_source(model, folder, tmp_path):
-  assert_same_bits(convert.load(tmp_path)[1], model[1])  # tmp_path/model is the folder
-  with pytest.raises(UserError, match="neither"):
-    convert.load(tmp_path / "nowhere")
+  assert_same_bits(sources.load(tmp_path)[1], model[1])  # tmp_path/model is the folder
+  with pytest.raises(UserError, match="nowhere"):
+    sources.load(tmp_path / "nowhere")

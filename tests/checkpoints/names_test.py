@@ -1,5 +1,7 @@
 """Names and layouts: complete and one-to-one for the released sizes, and invertible."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,18 +11,15 @@ from sdjax.checkpoints import names
 from sdjax.models.presets import PRESETS, preset
 
 
+@functools.cache
 def shapes(name):
   modules = preset(name)
-  unet, text = modules["unet"], modules["text_encoder"]
-  key, zeros = jax.random.key(0), np.zeros
-  length = text.max_length
-  trees = {
-      "unet": (unet, zeros((1, 8, 8, 4)), zeros(1), zeros((1, 3, unet.cross_attention_dim))),
-      "vae": (modules["vae"], zeros((1, 8, 8, 3))),
-      "text_encoder": (text, zeros((1, length), np.int32)),
-  }
-  return {network: pytrees.flatten(jax.eval_shape(module.init, key, *inputs)["params"])
-          for network, (module, *inputs) in trees.items()}
+  networks = {network: modules[network] for network in ("unet", "vae") if network in modules}
+  for network, text in zip(("text_encoder", "text_encoder_2"), modules.get("text_encoders", ())):
+    networks[network] = text
+  return {network: pytrees.flatten(
+      jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"])
+          for network, module in networks.items()}
 
 
 # Written by hand from the index files of the released models.
@@ -65,8 +64,7 @@ def test_names_are_one_to_one_and_their_own_canonical_form(name):
   for network, flat in shapes(name).items():
     found = [names.to_diffusers(path) for path in flat]
     assert len(set(found)) == len(found)
-    prefix = names.PREFIXES.get(network, "")
-    assert [names.canonical(prefix + name) for name in found] == found
+    assert [names.canonical(names.to_file(network, path)) for path in flat] == found
 
 
 def test_layouts_of_every_kind_of_tensor():

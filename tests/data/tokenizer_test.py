@@ -1,5 +1,6 @@
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,3 +116,93 @@ def test_a_damaged_folder_is_a_user_error(learned, tmp_path, damage):
   (tmp_path / damage).unlink()
   with pytest.raises(UserError, match=damage):
     tokenizer.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip():
+  return tokenizer.clip()
+
+
+def test_clips_own_vocabulary(clip):
+  # Published ids; 256 is "!" as a whole word, 267 the comma.
+  assert clip("a photo of a cat")[0].tolist() == (
+      [49406, 320, 1125, 539, 320, 2368] + [49407] * 71)
+  assert clip.words("Hello  world!") == [3306, 1002, 256]
+  assert clip.words(",") == [267]
+  assert (clip.vocab_size, clip.length) == (49408, 77)
+  assert tokenizer.clip("!")("a cat")[0].tolist() == [49406, 320, 2368, 49407] + [0] * 73
+
+
+def test_words_are_a_row_without_special_tokens_and_without_end(clip):
+  text = " ".join(CAPTIONS)
+  words = clip.words(text)
+  assert len(words) == len(text.split()) > 300
+  assert clip(text)[0].tolist() == [49406, *words[:75], 49407]
+  assert clip.words("") == []
+
+
+def test_threads_may_share_a_tokenizer(clip):
+  texts = [f"{caption} {number}" for number, caption in enumerate(CAPTIONS)]
+  expected = [clip.words(text) for text in texts]
+  with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(clip.words, texts)) == expected
+
+
+def test_triggers_are_new_ids(clip):
+  words = clip.with_tokens({"<cat-toy>": 3, "EasyNegative": 2}).with_tokens({"cat": 1})
+  toy, easy, cat = [49408, 49409, 49410], [49411, 49412], [49413]
+  assert words.vocab_size == 49414 and clip.vocab_size == 49408
+  assert words.triggers == {"<cat-toy>": range(49408, 49411), "EasyNegative": range(49411, 49413),
+                            "cat": range(49413, 49414)}
+  assert words.words("a <cat-toy>,easynegative") == [320, *toy, 267, *easy]
+  assert words.words("x<CAT-TOY><cat-toy>y!") == [
+      *clip.words("x"), *toy, *toy, *clip.words("y"), 256]
+  assert words.words("Cat, a cat_") == [*cat, 267, 320, *cat, *clip.words("_")]
+  for text in ("concatenate cats 1cat", "easynegative2", *HARD):  # in a longer word: no trigger
+    assert words.words(text) == clip.words(text)
+  assert clip.words("cat <cat-toy>")[0] == 2368
+  assert words.decode(words("a <cat-toy> on EASYNEGATIVE")[0]) == "a <cat-toy> on EasyNegative"
+
+
+def test_of_triggers_the_longest_that_fits_wins(clip):
+  words = clip.with_tokens({"bad": 1, "bad hands": 2, "bad hands 5": 3, "cafe\u0301": 1})
+  assert words.words("Bad Hands 5") == [49411, 49412, 49413]
+  assert words.words("bad hands 55")[:2] == [49409, 49410]
+  assert words.words("bad handstand") == [49408, *clip.words("handstand")]
+  # Composed or not, it is the same letter.
+  assert words.words("caf\u00e9") == words.words("cafe\u0301") == [49414]
+
+
+@pytest.mark.parametrize("counts", [{"": 1}, {"a": 1, "A": 1}, {"x": 0}, {"x": 19}, {"x": -1}])
+def test_impossible_triggers_are_user_errors(learned, counts):
+  with pytest.raises(UserError):
+    learned.with_tokens(counts)
+
+
+def test_a_trigger_is_given_once(learned):
+  words = learned.with_tokens({"toy": 18})  # as many as fit
+  with pytest.raises(UserError, match="Toy"):
+    words.with_tokens({"Toy": 1})
+
+
+def test_saved_triggers_load_here_and_in_transformers(learned, tmp_path):
+  from transformers import CLIPTokenizer
+  words = learned.with_tokens({"<cat-toy>": 3, "zorg": 1, "zorgling": 2})
+  words.save(tmp_path / "ours")
+  theirs = CLIPTokenizer.from_pretrained(tmp_path / "ours")
+  names = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "zorg", "zorgling", "zorgling_1"]
+  assert theirs.convert_tokens_to_ids(names) == list(range(learned.vocab_size, words.vocab_size))
+  assert theirs("a red zorg", add_special_tokens=False)["input_ids"] == words.words("a red zorg")
+  theirs.save_pretrained(tmp_path / "theirs")
+  for folder in ("ours", "theirs"):
+    again = tokenizer.load(tmp_path / folder)
+    assert (again.triggers, again.vocab_size) == (words.triggers, words.vocab_size)
+    np.testing.assert_array_equal(again(["a <cat-toy>", *HARD]), words(["a <cat-toy>", *HARD]))
+
+
+def test_a_trigger_that_the_format_cannot_hold_is_a_user_error(learned, tmp_path):
+  words = learned.with_tokens({"a": 1})
+  assert words.words("a") == [learned.vocab_size]
+  with pytest.raises(UserError, match="<a>"):
+    words.save(tmp_path / "words")
+  assert not (tmp_path / "words").exists()

@@ -7,13 +7,13 @@ import pytest
 
 from sdjax.models import initializers
 from sdjax.models.presets import preset
-from sdjax.models.unet import UNet, sinusoids
+from sdjax.models.unet import Condition, UNet, sinusoids
 
 
 def inputs(unet, side=(5, 7)):
   rng = np.random.default_rng(0)
   return (rng.standard_normal((2, *side, 4), np.float32), np.array([3, 981], np.float32),
-          rng.standard_normal((2, 6, unet.cross_attention_dim), np.float32))
+          Condition(rng.standard_normal((2, 6, unet.cross_attention_dim), np.float32)))
 
 
 def perturbed(unet, *args):

@@ -1,5 +1,7 @@
 """What the oracles share: perturbed PyTorch modules, layouts, comparisons that print figures."""
 
+import copy
+
 import jax
 import numpy as np
 import optax
@@ -24,7 +26,7 @@ def params_of(module):
   flat = {}
   for name, tensor in module.state_dict().items():
     if (name := names.canonical(name)) is not None:
-      flat[name] = tensor.detach().numpy()
+      flat[name] = tensor.detach().numpy().copy()
   return flat
 
 
@@ -81,11 +83,12 @@ def assert_five_adamw_steps(module, their_loss, our_loss, params):
   """Trains both for five steps of AdamW and compares losses and what each parameter moved.
 
   Args:
-    module: PyTorch's network; is changed.
-    their_loss: () -> scalar tensor.
+    module: PyTorch's network; a copy of it is trained.
+    their_loss: module -> scalar tensor.
     our_loss: params -> scalar.
     params: ours, equal to the module's.
   """
+  module = copy.deepcopy(module)
   settings = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
   optimizer = torch.optim.AdamW(module.parameters(), **settings)
   tx = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
@@ -99,12 +102,11 @@ def assert_five_adamw_steps(module, their_loss, our_loss, params):
   start, state, losses = params, tx.init(params), []
   for _ in range(5):
     optimizer.zero_grad()
-    loss = their_loss()
+    loss = their_loss(module)
     loss.backward()
     optimizer.step()
     params, state, ours = step(params, state)
     losses.append((float(ours), float(loss.detach())))
-  module.zero_grad()
   np.testing.assert_allclose(*zip(*losses), rtol=1e-4)
   assert losses[-1][1] < losses[0][1]
 
@@ -118,4 +120,4 @@ def assert_five_adamw_steps(module, their_loss, our_loss, params):
   print(f"five AdamW steps: loss {losses[0][1]:.3g} to {losses[-1][1]:.3g}; "
         f"worst update {errors[worst]:.2g} off, of {worst}")
   # Adam divides by the gradient's size: elements whose gradient is rounding move at random.
-  assert errors[worst] <= 0.05
+  assert errors[worst] <= 5e-3
