@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -202,16 +203,19 @@ class StableDiffusion:
 
   def param_shapes(self) -> Params:
     """Returns the tree of parameters as float32 `jax.ShapeDtypeStruct`s."""
-    key = jax.random.key(0)
-    modules = {"unet": self.unet, "vae": self.vae,
-               **dict(zip(self.text_names, self.text_encoders, strict=True))}
-    shapes = {name: jax.eval_shape(module.init, key, *module.example())
-              for name, module in modules.items()}
-    return {name: variables["params"] for name, variables in shapes.items()}
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(self))
 
   def init(self, seed: int) -> Params:
     """Returns freshly drawn float32 parameters on the host; equal on every machine."""
     return initializers.draw(self.param_shapes(), seed)
+
+
+@functools.cache
+def _param_shapes(sd: StableDiffusion) -> Params:
+  modules = {"unet": sd.unet, "vae": sd.vae,
+             **dict(zip(sd.text_names, sd.text_encoders, strict=True))}
+  return {name: jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
+          for name, module in modules.items()}
 
 
 def _emphasize(context: jax.Array, weights: jax.Array) -> jax.Array:  # [b l d], [b l]

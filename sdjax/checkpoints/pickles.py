@@ -5,6 +5,7 @@ plain containers and refuses all else; only `sdjax convert` and textual inversio
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def load(file: str | Path) -> Any:
     raise UserError(f"there is no file {file}")
   try:
     # Only PyTorch's newer format, a zip, can be mapped.
-    mapped = file.open("rb").read(2) == b"PK"
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
   except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
     reason = str(error).strip().splitlines()[0]
     raise UserError(f"{file} was refused ({reason}): it is broken, or holds more than tensors and "

@@ -145,7 +145,7 @@ def places(sd: StableDiffusion, towers: tuple, paths: Mapping[str, Any]) -> dict
     prefixes[network] = prefix
     tables[network] = single_file_names.openclip(text) if openclip else None
   found, nameless = {}, []
-  for path in paths:
+  for path in sorted(paths, key=_place_in_stack):
     network, _, inner = path.partition("/")
     name = names.to_diffusers(inner)
     theirs = name if tables[network] is None else single_file_names.rename(name, tables[network])
@@ -157,6 +157,12 @@ def places(sd: StableDiffusion, towers: tuple, paths: Mapping[str, Any]) -> dict
   return found
 
 
+def _place_in_stack(path: str) -> int:
+  module = path.split("/")[-2]
+  stacked = single_file_names.STACKED
+  return stacked.index(module) if module in stacked else 0
+
+
 def describe(file: Path, stored: Mapping[str, Tensor], notes: Mapping[str, str]
              ) -> StableDiffusion:
   """Returns the model that a file holds.
@@ -166,11 +172,13 @@ def describe(file: Path, stored: Mapping[str, Tensor], notes: Mapping[str, str]
   """
   widths = {tensor.shape[1] for name, tensor in stored.items()
             if name.startswith(UNET) and name.endswith("attn2.to_k.weight")}
-  if len(widths) != 1 or (width := widths.pop()) not in FAMILIES:
-    known = ", ".join(f"{name} ({width})" for width, name in FAMILIES.items())
-    raise UserError(f"{file} is no single file of Stable Diffusion: its context is "
-                    f"{sorted(widths) or 'absent'}, known are {known}; for networks of your own "
-                    "sizes give a model folder to be read like")
+  if len(widths) != 1 or not widths <= FAMILIES.keys():
+    known = ", ".join(f"{width} ({name})" for width, name in FAMILIES.items())
+    found = " and ".join(map(str, sorted(widths))) or "absent"
+    raise UserError(f"{file} is no single file of Stable Diffusion: the width of its context is "
+                    f"{found}, known are {known}; for networks of your own sizes give a model "
+                    "folder to be read like")
+  width = widths.pop()
   modules = presets.preset(FAMILIES[width])
   channels = stored[f"{UNET}input_blocks.0.0.weight"].shape[1]
   prediction = _prediction_type(stored, notes, width)
@@ -200,5 +208,6 @@ def _prediction_type(stored: Mapping[str, Tensor], notes: Mapping[str, str], wid
 def _towers(sd: StableDiffusion, stored: Mapping[str, Tensor]) -> tuple[tuple[str, bool], ...]:
   """Where the text towers of this file are: an SD2 may have its by the names of SD1."""
   first, *_ = alike = single_file_names.TEXT["sd1"]
-  towers = single_file_names.TEXT[family(sd)]
-  return alike if len(towers) == 1 and any(name.startswith(first[0]) for name in stored) else towers
+  if family(sd) == "sd2" and f"{first[0]}final_layer_norm.weight" in stored:
+    return alike
+  return single_file_names.TEXT[family(sd)]

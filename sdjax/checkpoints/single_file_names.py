@@ -60,7 +60,8 @@ UNET_ENDS = {
 VAE_ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
 }
-# OpenCLIP. Queries, keys and values are one tensor there: three names here become one.
+# OpenCLIP. Queries, keys and values are one tensor there, stacked in this order.
+STACKED = ("q_proj", "k_proj", "v_proj")
 OPENCLIP = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -71,7 +72,7 @@ OPENCLIP_LAYER = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
     **{f"self_attn.{part}.{leaf}": f"attn.in_proj_{leaf}"
-       for leaf in ("weight", "bias") for part in ("q_proj", "k_proj", "v_proj")},
+       for leaf in ("weight", "bias") for part in STACKED},
 }
 
 

@@ -108,13 +108,13 @@ def _open_index(index: Path) -> dict[str, Tensor]:
   try:
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     files = sorted(set(places.values()))
+    inside = all(name == Path(name).name and name.endswith(".safetensors") for name in files)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{index} is not an index of safetensors files ({error!r}); copy it again"
                     ) from error
-  for name in files:
-    if name != Path(name).name or not name.endswith(".safetensors"):
-      raise UserError(f"{index} names the file {name!r}; only safetensors files beside it are "
-                      "read")
+  if not inside:
+    raise UserError(f"{index} names {', '.join(map(repr, files[:SHOWN]))}; only safetensors files "
+                    "beside it are read")
   opened = {name: open_file(index.parent / name) for name in files}
   complain(index, "names, but its files lack,", (
       tensor for tensor, name in places.items() if tensor not in opened[name]))
