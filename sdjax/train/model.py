@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sdjax import generate
-from sdjax.checkpoints import diffusers
+from sdjax.checkpoints import sources
 from sdjax.data import peek, tokenizer
 from sdjax.data.shards import Index
 from sdjax.diffusion import schedules
@@ -34,7 +34,7 @@ def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
   wanted = schedules.Schedule(**config.schedule)
   prediction_type = config.objective.prediction_type
   if config.init_from:
-    sd, params = diffusers.load(config.init_from)
+    sd, params = sources.load(config.init_from)
     for name, here, there in (("schedule", wanted, sd.schedule),
                               ("objective.prediction_type", prediction_type, sd.prediction_type)):
       if here != there:

@@ -7,6 +7,7 @@ reduce-scatters, other choices make XLA partition convolutions or rematerialise 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,6 +76,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Any) -> Any:
       case other:
         raise UserError(f"partition rule {other!r} is not known; use 'fsdp' or 'replicate'")
   return pytrees.map_paths(spec, tree)
+
+
+def placer(mesh: Mesh, rules: Any) -> Callable[[str, np.ndarray], jax.Array]:
+  """Returns what puts one parameter, by its path, on the mesh: `place` of `diffusers.load`.
+
+  A model read so never is whole anywhere: one tensor after another goes to its devices.
+  """
+  def put(path, leaf):
+    sharding = shardings(pytrees.unflatten({path: leaf}), mesh, rules)
+    return place(leaf, *jax.tree.leaves(sharding))
+  return put
 
 
 def place(tree: Any, tree_shardings: Any) -> Any:

@@ -173,6 +173,37 @@ def test_the_family_is_told_by_the_tensors(name, channels, kind, tmp_path):
       0 if text.activation == "gelu" else 49407 for text in found.text_encoders]
 
 
+def depths(stored):
+  """Transformer blocks after each residual block of the way down, as ComfyUI counts them."""
+  unet, found = "model.diffusion_model.", []
+  for i in range(1, 12):
+    if f"{unet}input_blocks.{i}.0.in_layers.0.weight" in stored:
+      blocks = (f"{unet}input_blocks.{i}.1.transformer_blocks.{j}.norm1.bias" for j in range(12))
+      found.append(sum(name in stored for name in blocks))
+  return found
+
+
+@pytest.mark.parametrize("name, text, linear, added, depth", [
+    ("sd15", "cond_stage_model.transformer.text_model.final_layer_norm.weight", False, None,
+     [1, 1, 1, 1, 1, 1, 0, 0]),
+    ("sd21", "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight", True, None,
+     [1, 1, 1, 1, 1, 1, 0, 0]),
+    ("sdxl", "conditioner.embedders.1.model.ln_final.weight", True, 2816, [0, 0, 2, 2, 10, 10]),
+    ("sdxl_refiner", "conditioner.embedders.0.model.ln_final.weight", True, 2560,
+     [0, 0, 4, 4, 4, 4, 0, 0]),
+])
+def test_files_have_what_comfyui_and_a1111_tell_families_by(name, text, linear, added, depth):
+  """comfy/supported_models.py, A1111's modules/sd_models_config.py."""
+  stored = header(name)
+  unet = "model.diffusion_model."
+  assert text in stored and depths(stored) == depth
+  door = "input_blocks.4.1.proj_in.weight"
+  assert len(stored[unet + door].shape) == (2 if linear else 4)
+  label = stored.get(unet + "label_emb.0.0.weight")
+  assert (label and label.shape[1]) == added
+  assert stored[unet + "input_blocks.0.0.weight"].shape[0] == (384 if added == 2560 else 320)
+
+
 @pytest.mark.parametrize("name, notes, mark, deviation, expected", [
     ("sd21", {}, None, 0.05, "epsilon"),
     ("sd21", {}, None, 0.2, "v_prediction"),
