@@ -34,7 +34,7 @@ def load(file: str | Path) -> Any:
     # Only PyTorch's newer format, a zip, can be mapped.
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
   except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"{file} was refused ({reason}): it is broken, or holds more than tensors and "
                     "could run code; get a .safetensors of it") from error
 
