@@ -1,5 +1,7 @@
 """Pictures depend on what was asked, and on nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,24 @@ def test_seeds_out_of_range_are_refused():
 def test_batches_are_equal_and_cover_every_row():
   assert [list(rows) for rows in generate.batches(5, 2)] == [[0, 1], [2, 3], [4, 4]]
   assert [list(rows) for rows in generate.batches(3, 8)] == [[0, 1, 2]]
+
+
+def test_weights_count_only_where_they_are_asked_for(tiny_model):
+  sd, params = tiny_model
+  ask = dict(steps=2, guidance_scale=2.0, height=32, width=32, sampler="ddim", seeds=[1])
+  plain, _ = generate.text_to_image(sd, params, ["a red circle"], weighted=True, **ask)
+  same, _ = generate.text_to_image(sd, params, ["a (red:1.0) circle"], weighted=True, **ask)
+  strong, _ = generate.text_to_image(sd, params, ["a (red:1.8) circle"], weighted=True, **ask)
+  literal, _ = generate.text_to_image(sd, params, ["a (red:1.0) circle"], **ask)
+  np.testing.assert_allclose(same, plain, atol=1e-5)
+  assert np.abs(strong - plain).max() > 1e-3 and np.abs(literal - plain).max() > 1e-3
+
+
+def test_models_that_read_more_than_text_are_told(tiny_model):
+  sd, params = tiny_model
+  editor = dataclasses.replace(sd, unet=sd.unet.clone(in_channels=9))
+  ask = dict(steps=2, guidance_scale=2.0, height=32, width=32, seeds=[1])
+  with pytest.raises(UserError, match="reads 9 channels, its latents have 4"):
+    generate.text_to_image(editor, params, ["a"], **ask)
+  with pytest.raises(UserError, match="clip_skip is 1.*0 to 0"):
+    generate.text_to_image(sd, params, ["a"], clip_skip=1, **ask)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -58,3 +60,46 @@ def test_a_model_is_hashable_and_equal_to_its_copy(tiny_model):
   sd, _ = tiny_model
   assert hash(sd.astype("float32")) == hash(sd) and sd.astype("float32") == sd
   assert sd.astype("bfloat16") != sd
+
+
+def test_long_prompts_are_read_piece_by_piece(tiny_model):
+  sd, params = tiny_model
+  long = "a small red circle above a large blue square on a white background, " * 3
+  tokens, weights = sd.tokenize_long(["a circle", long], weighted=False)
+  length = sd.text_encoders[0].max_length
+  pieces = tokens.shape[-1] // length
+  assert pieces > 1 and (weights == 1).all()
+  whole = sd.encode_text(params, tokens).context
+  for i in range(pieces):
+    rows = slice(i * length, (i + 1) * length)
+    alone = sd.encode_text(params, tokens[..., rows]).context
+    np.testing.assert_allclose(whole[:, rows], alone, atol=1e-5)
+  # A short one among them is followed by empty prompts.
+  np.testing.assert_array_equal(tokens[0, 0, length:2 * length], sd.tokenize([""])[0, 0])
+
+
+def test_weights_multiply_states_and_keep_the_mean_of_each_piece(tiny_model):
+  sd, params = tiny_model
+  text = "a (red:1.5) circle, " + "and [white] squares, " * 8
+  tokens, weights = sd.tokenize_long([text, "a circle"], weighted=True)
+  plain = np.asarray(sd.encode_text(params, tokens).context, np.float64)
+  found = sd.encode_text(params, tokens, weights=weights).context
+  length = sd.text_encoders[0].max_length
+  for i in range(0, plain.shape[1], length):
+    piece = plain[:, i:i + length]
+    weighted = piece * weights[:, 0, i:i + length, None]
+    ratio = piece.mean(axis=(1, 2)) / weighted.mean(axis=(1, 2))
+    np.testing.assert_allclose(
+        found[:, i:i + length], weighted * ratio[:, None, None], rtol=1e-3, atol=1e-5)
+  assert np.abs(found[0] - plain[0]).max() > 0.1
+  np.testing.assert_allclose(found[1], plain[1], atol=1e-6)  # all of its weights are 1
+
+
+def test_skipped_layers_are_not_read(tiny_model):
+  sd, params = tiny_model
+  deeper = dataclasses.replace(sd, text_encoders=(sd.text_encoders[0].clone(layers=2),))
+  encoder = dict(params["text_encoder"])
+  encoder["encoder"] = {name: encoder["encoder"]["layers_0"] for name in ("layers_0", "layers_1")}
+  tokens = sd.tokenize(["a red circle"])
+  skipped = deeper.encode_text(params | {"text_encoder": encoder}, tokens, skip=1)
+  np.testing.assert_allclose(skipped.context, sd.encode_text(params, tokens).context, atol=1e-6)
