@@ -1,6 +1,7 @@
 """Tells a person what a model, LoRA or textual inversion is, from its header."""
 
 import collections
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -18,16 +19,20 @@ FAMILIES = {
 TASKS = {5: "depth to image", 7: "x4 upscaler", 8: "edits by instruction", 9: "inpainting"}
 
 
-def report(path: Path) -> str:
+def report(path: Path, like: StableDiffusion | None = None) -> str:
   """Returns lines: what it is, family, prediction type, schedule, networks, each file's sha256.
+
+  Args:
+    path: of a file or folder.
+    like: the model that a single file of no released size has.
 
   Raises:
     UserError: nothing that sdjax knows stands there.
   """
   what = sources.kind(path)
   lines = {
-      "model folder": _model_folder, "single file": _single_file, "LoRA": _lora,
-      "network folder": _network_folder,
+      "model folder": _model_folder, "network folder": _network_folder, "LoRA": _lora,
+      "single file": functools.partial(_single_file, like=like),
   }.get(what, lambda path: [])(path)
   files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
   lines = [_row("what", what), *lines, "sha256"]
@@ -51,10 +56,10 @@ def _model_folder(path: Path) -> list[str]:
         for name in networks)]
 
 
-def _single_file(path: Path) -> list[str]:
+def _single_file(path: Path, like: StableDiffusion | None) -> list[str]:
   stored = tensors.open_file(path)
   notes = tensors.metadata(path)
-  sd = single_file.describe(path, stored, notes)
+  sd = like or single_file.describe(path, stored, notes)
   groups = collections.defaultdict(list)
   for name, tensor in stored.items():
     groups[name.partition(".")[0]].append(tensor)

@@ -177,7 +177,7 @@ def describe(file: Path, stored: Mapping[str, Tensor], notes: Mapping[str, str]
     found = " and ".join(map(str, sorted(widths))) or "absent"
     raise UserError(f"{file} is no single file of Stable Diffusion: the width of its context is "
                     f"{found}, known are {known}; for networks of your own sizes give a model "
-                    "folder to be read like")
+                    "folder that it is like (sdjax convert --like)")
   width = widths.pop()
   modules = presets.preset(FAMILIES[width])
   channels = stored[f"{UNET}input_blocks.0.0.weight"].shape[1]

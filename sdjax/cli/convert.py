@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
   source = sources.exported(sources.locate(flags.source))
   if flags.inspect:
     from sdjax.checkpoints import inspection
-    print(inspection.report(source))
+    print(inspection.report(source, like(flags)))
     return 0
   target = Path(flags.target)
   if target.resolve() in (source.resolve(), Path(flags.source).resolve()):
@@ -52,12 +52,17 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+def like(flags: argparse.Namespace):
+  """Returns the model of --like, or None."""
+  from sdjax.checkpoints import sources
+  return None if flags.like is None else sources.describe(flags.like)
+
+
 def convert_model(source: Path, target: Path, flags: argparse.Namespace) -> None:
   """Reads a model of any format, merges LoRAs, writes it, and reads it back."""
   from sdjax import pytrees
   from sdjax.checkpoints import diffusers, lora, pickles, single_file, sources
-  like = None if flags.like is None else sources.describe(flags.like)
-  options = dict(like=like, allow_unused=flags.allow_unused)
+  options = dict(like=like(flags), allow_unused=flags.allow_unused)
   with progress("read") as advance:
     if sources.kind(source) == "pickle":
       sd, params = single_file.from_tensors(
@@ -76,10 +81,9 @@ def convert_model(source: Path, target: Path, flags: argparse.Namespace) -> None
 
 def convert_lora(source: Path, target: Path, flags: argparse.Namespace) -> None:
   """Writes a LoRA of any kind as another kind."""
-  from sdjax.checkpoints import lora, sources
-  if flags.like is None:
+  from sdjax.checkpoints import lora
+  if (sd := like(flags)) is None:
     raise UserError(f"{source} is a LoRA; name the model that it is for with --like MODEL")
-  sd = sources.describe(flags.like)
   factors = lora.load(source, sd.unet, sd.param_shapes(), allow_unused=flags.allow_unused)
   lora.save(target, factors, sd.unet, flags.layout)
   print(f"wrote {target}: {len(factors)} modules by the names of {flags.layout}")

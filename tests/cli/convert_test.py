@@ -111,12 +111,16 @@ def test_inspect_tells_what_each_is(model, adapter, tmp_path, capsys):
   lora.save(tmp_path / "a.safetensors", adapter, sd.unet)
   tensors.write_file(tmp_path / "cat.safetensors", {"emb_params": np.ones((2, 4), np.float32)})
   count = f"{pytrees.count(params['unet']):,} parameters, float32"
+  single_file.save(tmp_path / "m.safetensors", sd, params)
   for source, told in (
+      (tmp_path / "m.safetensors", (
+          "single file", "Stable Diffusion 1", "modelspec.prediction_type = epsilon",
+          f"model            {pytrees.count(params['unet']):,} parameters")),
       (folder, ("model folder", "Stable Diffusion 1", "text to image", count)),
       (folder / "unet", ("network folder", "UNet2DConditionModel", count)),
       (tmp_path / "a.safetensors", ("LoRA", "modules          1", "ranks            3")),
       (tmp_path / "cat.safetensors", ("textual inversion",))):
-    assert convert.main(["--inspect", str(source)]) == 0
+    assert convert.main(["--inspect", str(source), "--like", str(folder)]) == 0
     out = capsys.readouterr().out
     assert all(part in out for part in (*told, "sha256")), out
 
