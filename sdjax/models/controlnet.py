@@ -49,12 +49,12 @@ class ControlNet(Encoder):
   hint_order: str = "rgb"
   pool: bool = False
 
-  def example(self) -> tuple:
-    """Returns shapes of (x, t, condition, hint)."""
-    x, t, condition = super().example()
-    side = x.shape[1] * 2 ** (len(self.hint_widths) - 1)
-    hint = jax.ShapeDtypeStruct((1, side, side, self.hint_channels), jnp.float32)
-    return x, t, condition, hint
+  def example(self, batch: int = 1, side: tuple[int, int] | None = None, length: int = 77) -> tuple:
+    """Returns (x, t, condition, hint) of the right shapes."""
+    x, t, condition = super().example(batch, side, length)
+    factor = 2 ** (len(self.hint_widths) - 1)
+    shape = (batch, factor * x.shape[1], factor * x.shape[2], self.hint_channels)
+    return x, t, condition, jax.ShapeDtypeStruct(shape, jnp.float32)
 
   @nn.compact
   def __call__(

@@ -26,6 +26,7 @@ def levels(*blocks):
 
 SMALL = dict(norm_num_groups=8, layers_per_block=1, sample_size=8)
 TEXT = SMALL | dict(block_out_channels=(16, 32), cross_attention_dim=24, attention_head_dim=4)
+SHALLOW = TEXT | levels(CROSS) | dict(block_out_channels=(16,))  # of one level: compiled sooner
 SDXL = SMALL | levels(PLAIN, CROSS, CROSS) | dict(
     block_out_channels=(16, 32, 32), cross_attention_dim=24, use_linear_projection=True,
     attention_head_dim=(2, 4, 4), transformer_layers_per_block=(1, 1, 2),
@@ -40,9 +41,9 @@ UNETS = {
     "sdxl": SDXL | dict(projection_class_embeddings_input_dim=12 + 6 * 8),
     "refiner": SDXL | levels(PLAIN, CROSS, PLAIN) | dict(
         projection_class_embeddings_input_dim=20 + 5 * 8),
-    "inpaint": TEXT | levels(CROSS, PLAIN) | dict(in_channels=9),
-    "pix2pix": TEXT | levels(CROSS, PLAIN) | dict(in_channels=8),
-    "depth": TEXT | levels(CROSS, PLAIN) | dict(in_channels=5, use_linear_projection=True),
+    "inpaint": SHALLOW | dict(in_channels=9),
+    "pix2pix": SHALLOW | dict(in_channels=8),
+    "depth": SHALLOW | dict(in_channels=5, use_linear_projection=True),
     "upscaler": TEXT | levels(PLAIN, CROSS) | dict(
         in_channels=7, use_linear_projection=True, num_class_embeds=10,
         only_cross_attention=(True, False)),
@@ -86,7 +87,7 @@ def unet(name):
 def draw(ours, side, seed=0):
   """x [2 *side c], t and a condition of standard normal numbers, sizes in px, labels."""
   rng = np.random.default_rng(seed)
-  x, t, condition = ours.example(2, side, length=7)
+  x, t, condition, *_ = ours.example(2, side, length=7)
   normal = lambda like: None if like is None else rng.standard_normal(like.shape, np.float32)
   condition = condition._replace(
       context=normal(condition.context), pooled=normal(condition.pooled),
@@ -142,7 +143,7 @@ def test_unet(name):
   compare.assert_gradient_norms(theirs, grads)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "upscaler", "ddpm"])
+@pytest.mark.parametrize("name", ["inpaint", "sdxl", "ddpm"])
 def test_five_steps_of_adamw(name):
   theirs, ours, params = unet(name)
   x, t, condition = draw(ours, (8, 8))
