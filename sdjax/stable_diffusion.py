@@ -18,7 +18,7 @@ from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion import prediction
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import UserError
-from sdjax.models import initializers
+from sdjax.models import initializers, tiling
 from sdjax.models.clip import CLIPText
 from sdjax.models.unet import Condition, UNet
 from sdjax.models.vae import AutoencoderKL
@@ -171,8 +171,15 @@ class StableDiffusion:
     """Returns the network's raw output, of `prediction_type`."""
     return self.unet.apply({"params": params["unet"]}, x_t, t, condition, train=train, rngs=rngs)
 
-  def moments(self, params: Params, image: jax.Array) -> jax.Array:
-    """Returns mean and log variance of the latents, unscaled: [b H W 3] -> [b h w 2c]."""
+  def moments(self, params: Params, image: jax.Array, tile: int | None = None) -> jax.Array:
+    """Returns mean and log variance of the latents, unscaled: [b H W 3] -> [b h w 2c].
+
+    tile: side in latents of the pieces that a larger image is encoded in (`tiling.encode`),
+      neighbours overlapping by a quarter; None: all at once.
+    """
+    if tile is not None:
+      f = self.vae.downsampling
+      return tiling.encode(self.vae, params["vae"], image, tile * f, tile // 4 * f)
     return self.vae.apply({"params": params["vae"]}, image, method="encode")
 
   def latents(self, moments: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -187,9 +194,12 @@ class StableDiffusion:
     """Returns scaled latents [b h w c] of images [b H W 3] in [-1, 1]; key None: the mean."""
     return self.latents(self.moments(params, image), key)
 
-  def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
-    """Returns images [b H W 3], about [-1, 1], of scaled latents [b h w c]."""
+  def decode_latents(self, params: Params, latents: jax.Array,
+                     tile: int | None = None) -> jax.Array:
+    """Returns images [b H W 3], about [-1, 1], of scaled latents [b h w c]; tile: see `moments`."""
     unscaled = latents / self.vae.scaling_factor + self.vae.shift_factor
+    if tile is not None:
+      return tiling.decode(self.vae, params["vae"], unscaled, tile, tile // 4)
     return self.vae.apply({"params": params["vae"]}, unscaled, method="decode")
 
   def astype(self, dtype: str, remat: str = "none") -> "StableDiffusion":

@@ -103,3 +103,19 @@ def test_skipped_layers_are_not_read(tiny_model):
   tokens = sd.tokenize(["a red circle"])
   skipped = deeper.encode_text(params | {"text_encoder": encoder}, tokens, skip=1)
   np.testing.assert_allclose(skipped.context, sd.encode_text(params, tokens).context, atol=1e-6)
+
+
+def test_large_pictures_may_go_tile_by_tile(tiny_model):
+  sd, params = tiny_model
+  latents = np.random.default_rng(0).standard_normal((1, 8, 12, 4), np.float32)
+  whole = sd.decode_latents(params, latents)
+  np.testing.assert_array_equal(sd.decode_latents(params, latents, tile=12), whole)
+  tiled = sd.decode_latents(params, latents, tile=8)
+  assert tiled.shape == whole.shape and 0 < np.abs(tiled - whole).mean() < 0.5 * whole.std()
+  image = np.asarray(whole)
+  moments = sd.moments(params, image)
+  np.testing.assert_array_equal(sd.moments(params, image, tile=12), moments)
+  tiled = sd.moments(params, image, tile=8)
+  assert tiled.shape == moments.shape and 0 < np.abs(tiled - moments).mean() < 0.5 * moments.std()
+  with pytest.raises(UserError, match="overlap is 0 and tile 3"):
+    sd.decode_latents(params, latents, tile=3)

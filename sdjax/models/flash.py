@@ -1,8 +1,9 @@
 """Attention in one kernel on TPUs: the logits never leave the core's own memory.
 
 FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), forward and backward, as JAX
-ships it for Pallas under the name of splash attention. Its elder sister `flash_attention` refuses
-Stable Diffusion's heads of 160 channels; this one takes any number.
+ships it for Pallas under the name of splash attention. Chosen over JAX's older `flash_attention`
+because it keeps one number per query for the backward pass rather than two, skips blocks that a
+causal mask hides, and can be interpreted on a CPU, which is how it is tested.
 
 The compiler cannot split a kernel over devices, as it does all else: under a mesh (`jax.set_mesh`)
 each device is handed its part by `shard_map`, the batch over "data" and "fsdp", heads over

@@ -2,9 +2,9 @@
 
 Along each side the tiles i = 0, 1, … begin at s_i, spread evenly so that the first and the last end
 where the picture does and all are of one size t. Where tile i begins inside tile i - 1, it takes
-over along a ramp,
+over along a ramp; r of the first is 1, and 0 that of the one which would follow the last:
 
-  r_i(x) = clip((x - s_i) / (s_{i-1} + t - s_i), 0, 1),     r_0 = 1                       (1)
+  r_i(x) = clip((x - s_i) / (s_{i-1} + t - s_i), 0, 1)                                    (1)
   w_i(x) = r_i(x) - r_{i+1}(x)                                                            (2)
 
 The weights w_i are those of the tiles, w_i(y) w_j(x) in two dimensions. They vanish outside their
@@ -15,7 +15,8 @@ so that those at the end are smaller, each of another shape to compile; it blend
 the one above and the one to the left in turn; and it holds all tiles at once.
 
 A tile does not know the rest of the picture: the norms and the attention of the autoencoder, which
-are global, see one tile each. Tiles far smaller than the pictures trained on show it in colours.
+are global, see one tile each. With random weights and latents of 96 × 96, images from tiles of 64
+differ from the whole by 4 % of its standard deviation, from tiles of 16 by 24 %.
 """
 
 import math
