@@ -27,7 +27,7 @@ def start(environment, *args):
 
 
 def finish(child, code=0):
-  output, _ = child.communicate(timeout=300)
+  output, _ = child.communicate(timeout=600)
   assert child.returncode == code, output
   return output
 

@@ -95,7 +95,7 @@ def alone(start, arguments, numbers, latents, tmp_path_factory):
              "data.random_flip": False, "optimizer.warmup_steps": 0}
   workdir = tmp_path_factory.mktemp("alone")
   child = start(*arguments(latents, workdir, changes))
-  output, _ = child.communicate(timeout=120)
+  output, _ = child.communicate(timeout=400)
   assert child.returncode == 0, output
   found = numbers(workdir)
   assert list(found) == [1, 2, 3, 4]

@@ -18,7 +18,7 @@ def wait_for(condition, child, seconds):
     time.sleep(0.05)
 
 
-def finish(child, seconds=150):
+def finish(child, seconds=400):
   output, _ = child.communicate(timeout=seconds)
   assert child.returncode == 0, output
   return output
