@@ -1,4 +1,4 @@
-"""What a network's output means: eps, v or x0, and the closed forms between them.
+"""What a network's output means: eps, v, x0 or flow, and the closed forms between them.
 
 With x = a·x0 + s·noise, a² + s² = 1, a network is trained to return one of
   epsilon        noise                        (DDPM, Ho et al. 2020)                      (1)
@@ -6,6 +6,9 @@ With x = a·x0 + s·noise, a² + s² = 1, a network is trained to return one of
   sample         x0                                                                       (3)
 Solving for x0 and for the noise gives linear forms in (x, F), F the network's output:
   D = c_skip·x + c_out·F,   E = e_skip·x + e_out·F                                        (4)
+Networks of flow matching (Lipman et al. 2022, https://arxiv.org/abs/2210.02747), of any a + s > 0,
+are sampled here but not trained:
+  flow_prediction  noise - x0                                                             (5)
 """
 
 from typing import NamedTuple
@@ -36,8 +39,10 @@ def coefficients(prediction_type: str, a: np.ndarray, s: np.ndarray) -> Coeffici
   """Returns (4) at signal level `a` and noise level `s`, float64 of any one shape.
 
   epsilon cannot tell x0 at a = 0, nor sample the noise at s = 0: those entries are not finite.
+
+  Raises:
+    UserError: unless `prediction_type` is one of `TYPES` or "flow_prediction".
   """
-  check_type(prediction_type)
   a, s = np.asarray(a, np.float64), np.asarray(s, np.float64)
   zero, one = np.zeros_like(a), np.ones_like(a)
   with np.errstate(divide="ignore", invalid="ignore"):
@@ -48,6 +53,11 @@ def coefficients(prediction_type: str, a: np.ndarray, s: np.ndarray) -> Coeffici
         return Coefficients(a, -s, s, a)
       case "sample":
         return Coefficients(zero, one, one / s, -a / s)
+      case "flow_prediction":
+        return Coefficients(one / (a + s), -s / (a + s), one / (a + s), a / (a + s))
+      case _:
+        raise UserError(f"prediction_type {prediction_type!r} is not known; choose one of "
+                        f"{(*TYPES, 'flow_prediction')}")
 
 
 def target(

@@ -1,295 +1,375 @@
-r"""The host side of every sampler: tables of float64 numbers, one row per network evaluation.
+r"""Samplers by name, and the doors to them: what goes in is a schedule, what comes out a table.
 
-Samplers are written on unit vectors. With X, B, H0, H1, H2, F, C, z the rows of an 8 × 8 identity
-(the carried latents, the network's output, the clipped denoised estimate, fresh noise), a sampler
-yields for each network call its node and the five new latents as vectors in that basis; stacked
-they are the matrix of `sampling.sample`, equation (4).
-
-A *node* (a, s, t) stands for x = a·x0 + s·noise with a² + s² = 1;  lambda = log(a / s).
-*The step* from a node (a0, s0) to (a1, s1), with estimates D of x0 and E of the noise:
-  x' = a1·D + down·E + up·z,   down² + up² = s1²                                            (1)
-where the one of D, E that is not given is implied by x = a0·D + s0·E.
-*The quadrature*: a multistep sampler replaces D by the mean over the step of the polynomial
-through the last estimates, under the density exp(k·r), r = 0 at this node and 1 at the next:
-  D ≈ sum_j w_j D_j,   w = adams(r, k)                                                      (2)
-
-Sources: DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16); DPM-Solver++
-(Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2).
+Ours are exact: each step lands on the next node and the last on the clean latent, curves keep
+fractions of timesteps, quadratures are those of the theory. `from_config` on the other hand keeps
+the conventions of diffusers' classes.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from sdjax.diffusion import prediction, schedules
+from sdjax.diffusion import rules, scheduler_configs, schedules, spacings, tables
+from sdjax.diffusion.tables import CLEAN, Node, Output, Row, Table, Z
 from sdjax.errors import UserError
 
-STATE = 5
-X, B, H0, H1, H2, F, C, Z = np.eye(8)
 
+class Path(NamedTuple):
+  """Where one of our own samplers goes.
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A sampler for one schedule, number of steps and meaning of the network's output.
-
-  Attributes, n network evaluations, float64 unless said:
-    mix: [n 5 8], equation (4) of `sampling`.
-    c_in, t, c_skip, c_out: [n], equations (1) and (2) of `sampling`.
-    clip: [n] limit of |D|; inf does not clip.
-    noise_index: int32 [n]; which noise of the image this row adds.
-    initial_scale: [] standard normal noise times this is the start.
+  Attributes:
+    nodes: where the network is asked, noisiest first.
+    landings: where the step from each ends.
+    at: sigma -> its node, between the given ones.
+    schedule: the noise levels of timesteps.
   """
-  mix: np.ndarray
-  c_in: np.ndarray
-  t: np.ndarray
-  c_skip: np.ndarray
-  c_out: np.ndarray
-  clip: np.ndarray
-  noise_index: np.ndarray
-  initial_scale: np.ndarray
-
-  def rows(self) -> dict[str, np.ndarray]:
-    """Everything that has one entry per network evaluation."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-            if field.name != "initial_scale"}
+  nodes: list[Node]
+  landings: list[Node]
+  at: Callable[[float], Node]
+  schedule: schedules.Schedule
 
 
-class Node(NamedTuple):
-  """A noise level: x = a·x0 + s·noise, known to the network as t (a float)."""
-  a: float
-  s: float
-  t: float
-
-  @property
-  def log_ratio(self) -> float:
-    """lambda = log(a / s), inf at s = 0."""
-    return float(np.log(self.a / self.s)) if self.s else np.inf
+# What every sampler takes, but those on paths of their own. spacing None: the sampler's own.
+PATH = dict(spacing=None, offset=0, rounded=False, timesteps=None, sigmas=None, final_sigma="zero",
+            clip=math.inf, quantile=0.0, unit_variance=True)
+EDM = dict(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0, spacing="karras",
+           clip=math.inf, quantile=0.0)
+FLOW = dict(shift=1.0, sigmas=None)
 
 
-Step = tuple[Node, np.ndarray]  # where the network is asked, and S' as vectors [≤ 5, 8]
+def between(name: str, value: float, low: float, high: float) -> float:
+  """Returns an option's value, or raises UserError unless it lies in [low, high]."""
+  if not low <= value <= high:
+    raise UserError(f"{name} is {value}; it must lie between {low:g} and {high:g}")
+  return value
 
 
-def adams(r: list[float], k: float = 0.0) -> np.ndarray:
-  """Weights w with sum_j w_j p(r_j) = mean of p over [0, 1] under density ∝ exp(k·r).
+def diffusion_path(schedule: schedules.Schedule, prediction_type: str, count: int,
+                   o: dict[str, Any]) -> tuple[Path, Output, float]:
+  """The path of a variance-preserving schedule, what F means, and the scale of the start."""
+  nodes = spacings.nodes(
+      schedule, count, spacing=o["spacing"], offset=o["offset"], rounded=o["rounded"],
+      timesteps_given=o["timesteps"], sigmas_given=o["sigmas"])
+  finals = {"zero": CLEAN, "sigma_min": spacings.node_at(schedule, 0)}
+  if o["final_sigma"] not in finals:
+    raise UserError(f"final_sigma is {o['final_sigma']!r}; it must be one of {sorted(finals)}")
+  table = spacings.sigma_table(schedule)
+  path = Path(nodes, [*nodes[1:], finals[o["final_sigma"]]], lambda sigma: spacings.sigma_node(
+      sigma, spacings.timestep_of(table, sigma)), schedule)
+  scale = 1.0 if o["unit_variance"] else nodes[0].s
+  return path, output_of(prediction_type, o), scale
 
-  Exact for polynomials p of degree < len(r). The classical Adams-Bashforth weights are k = 0.
 
-  Args:
-    r: distinct positions of the known values; 0 is this node, 1 the next, negative the past.
-    k: exponent of the density.
+def output_of(prediction_type: str, o: dict[str, Any], data_std: float = 1.0, sign: float = 1.0,
+              ) -> Output:
+  """What the network returns, and the limits that a user gave."""
+  clip = between("clip", o["clip"], np.finfo(np.float32).tiny, math.inf)
+  return Output(prediction_type, clip, between("quantile", o["quantile"], 0, 1), data_std, sign)
 
-  Returns:
-    float64 [len(r)], summing to one.
+
+def edm_path(schedule: schedules.Schedule, prediction_type: str, count: int,
+             o: dict[str, Any]) -> tuple[Path, Output, float]:
+  """The path of EDM's own networks, which know no timesteps; `prediction_type` is not read."""
+  curves = {"karras": functools.partial(spacings.karras, rho=o["rho"]),
+            "exponential": spacings.exponential}
+  if o["spacing"] not in curves:
+    raise UserError(f"spacing is {o['spacing']!r}; EDM networks take one of {sorted(curves)}")
+  spacings.check_steps(count, schedule.num_steps)
+  at = functools.partial(spacings.edm_node, o["sigma_data"])
+  nodes = [at(sigma) for sigma in curves[o["spacing"]](o["sigma_max"], o["sigma_min"], count)]
+  output = output_of("v_prediction", o, o["sigma_data"], -1.0)
+  scale = math.hypot(o["sigma_max"], o["sigma_data"]) * nodes[0].a
+  return Path(nodes, [*nodes[1:], CLEAN], at, schedule), output, scale
+
+
+def flow_path(schedule: schedules.Schedule, prediction_type: str, count: int,
+              o: dict[str, Any]) -> tuple[Path, Output, float]:
+  """The straight path of flow matching, from pure noise; `prediction_type` is not read."""
+  spacings.check_steps(count, schedule.num_steps)
+  if o["shift"] <= 0:
+    raise UserError(f"shift is {o['shift']}; it must be positive, 1 for none")
+  sigmas = spacings.shifted(np.linspace(1, 0, count + 1)[:-1], o["shift"])
+  if o["sigmas"] is not None:
+    sigmas = spacings.falling("sigmas", o["sigmas"], np.finfo(np.float64).tiny, 1.0, count)
+
+  def at(sigma):
+    return spacings.flow_node(sigma, sigma * schedule.num_steps)
+
+  nodes = [at(sigma) for sigma in sigmas]
+  return Path(nodes, [*nodes[1:], CLEAN], at, schedule), Output("flow_prediction"), 1.0
+
+
+def one_step(path: Path, output: Output, *, eta: float) -> Iterator[Row]:
+  """DDIM: eta = 0 is deterministic and Euler's step, eta = 1 is DDPM's and ancestral Euler's."""
+  between("eta", eta, 0, 1)
+  return rules.one_step(path.nodes, path.landings, output, said_noise=True,
+                        split=functools.partial(tables.ancestral, eta=eta))
+
+
+def ancestral(path: Path, output: Output) -> Iterator[Row]:
+  """DDPM, eq. 7: the posterior of the limited estimate."""
+  return rules.one_step(path.nodes, path.landings, output, split=tables.ancestral)
+
+
+def euler(path: Path, output: Output, *, s_churn: float, s_tmin: float, s_tmax: float,
+          s_noise: float) -> Iterator[Row]:
+  """EDM's algorithm 2 of first order: before each call but the first, noise may be added."""
+  most = min(between("s_churn", s_churn, 0, math.inf) / len(path.nodes), math.sqrt(2) - 1)
+  raised = [path.at(node.sigma * (1 + most)) if n and most and s_tmin <= node.sigma <= s_tmax
+            else node for n, node in enumerate(path.nodes)]
+  arrived = [*raised[1:], path.landings[-1]]
+  for node, low, high in zip(raised, path.landings, arrived, strict=True):
+    denoised, noise = output.estimates(node)
+    added = s_noise * math.sqrt(max(high.sigma**2 - low.sigma**2, 0.0))
+    yield node, [high.a * (denoised + low.sigma * noise + added * Z)]
+
+
+def ddim_inverse(path: Path, output: Output) -> Iterator[Row]:
+  """DDIM backwards, from timestep 0 to the first node."""
+  first = spacings.node_at(path.schedule, 0)
+  up = [first, *(node for node in path.nodes[::-1] if node.t > 0)]
+  return rules.one_step(up[:-1], up[1:], output, said_noise=True)
+
+
+def strided(path: Path, output: Output, *, runge_kutta: bool) -> Iterator[Row]:
+  """PNDM and PLMS, which know timesteps of one stride."""
+  t, count = [int(node.t) for node in path.nodes], len(path.nodes)
+  if t != [node.t for node in path.nodes] or len({int(gap) for gap in np.diff(t)}) > 1:
+    raise UserError("PNDM and PLMS need whole timesteps of one stride: choose the spacing leading, "
+                    f"or trailing with steps that divide {path.schedule.num_steps}")
+  stride = t[0] - t[1] if count > 1 else path.schedule.num_steps
+
+  def node_at(time):
+    return spacings.node_at(path.schedule, time) if time >= 0 else path.landings[-1]
+
+  if not runge_kutta:
+    return rules.linear_multistep([*t[:2], *t[1:]], stride, node_at, output)
+  if count < 4:
+    raise UserError(f"steps is {count}; PNDM's Runge-Kutta start needs at least 4, or choose plms")
+  return rules.pndm(t, stride, node_at, output)
+
+
+def multistep(path: Path, output: Output, *, order: int, kind: str = "x0", tau: float = 0.0,
+              solver_type: str = "heun", lower_order_final: bool = True) -> Iterator[Row]:
+  """DPM-Solver and DPM-Solver++ multistep, and DEIS, which is their exact quadrature of noise.
+
+  solver_type "midpoint" takes the line's middle at order 2, as the papers do. lower_order_final
+  lowers the last two of fewer than 15 steps, as they advise.
   """
-  points, measure = np.polynomial.legendre.leggauss(32)
-  points = (points + 1) / 2
-  density = measure * np.exp(k * (points - max(k > 0, 0)))  # scaled so that it cannot overflow
-  density /= density.sum()
-  moments = [(density * points**j).sum() for j in range(len(r))]
-  return np.linalg.solve(np.vander(r, increasing=True).T, moments)
+  if solver_type not in ("midpoint", "heun"):
+    raise UserError(f"solver_type is {solver_type!r}; it must be midpoint or heun")
+  few = lower_order_final and len(path.nodes) < 15
+  rule = rules.middle_line if solver_type == "midpoint" else tables.adams
+  return rules.multistep(
+      path.nodes, path.landings, output, kind=kind, tau=between("tau", tau, 0, math.inf),
+      weights=rule, orders=rules.lowered(
+          len(path.nodes), between("order", order, 1, 3), 0, *((1, 2) if few else (3, 3))))
 
 
-def step(node: Node, landing: Node, denoised: np.ndarray, up: float = 0.0,
-         noise: np.ndarray | None = None) -> np.ndarray:
-  """Equation (1): the landing latent as a vector in the basis.
-
-  Args:
-    node: where x stands now.
-    landing: where it goes.
-    denoised: D as a vector in the basis.
-    up: standard deviation of fresh noise, in [0, landing.s].
-    noise: E as a vector; None where it is implied by x and D.
-  """
-  if noise is None:
-    noise = (X - node.a * denoised) / node.s
-  down = np.sqrt(max(landing.s**2 - up**2, 0.0))
-  return landing.a * denoised + down * noise + up * Z
+def adams_bashforth(path: Path, output: Output, *, coordinate: str, order: int) -> Iterator[Row]:
+  """LMS, where the noise is a polynomial in sigma, and iPNDM, in the number of the step."""
+  between("order", order, 1, 4)
+  return rules.multistep(
+      path.nodes, path.landings, output, kind="noise", coordinate=coordinate,
+      orders=[min(order, n + 1) for n in range(len(path.nodes))],
+      weights=lambda r, k: tables.adams(r))
 
 
-def timesteps(spacing: str, steps: int, num_steps: int, *, offset: int = 0,
-              endpoint: bool = False) -> np.ndarray:
-  """Chooses `steps` of `num_steps` timesteps, falling, as integers in float64.
-
-  Args:
-    spacing: "leading", "trailing" or "linspace" (Lin et al. 2023, arxiv 2305.08891, table 2).
-    steps: how many, 1 … num_steps.
-    num_steps: of the network.
-    offset: added to "leading" timesteps; 1 in released Stable Diffusion folders.
-    endpoint: choose steps + 1 and drop the last, as the DPM-Solver family does.
-  """
-  if not 1 <= steps <= num_steps:
-    raise UserError(f"steps is {steps}; this model takes 1 to {num_steps}")
-  n = steps + endpoint
-  match spacing:
-    case "leading":
-      chosen = np.arange(n)[::-1] * (num_steps // n) + offset
-    case "trailing":
-      chosen = np.round(num_steps - np.arange(steps) * num_steps / steps) - 1
-    case "linspace":
-      chosen = np.round(np.linspace(0, num_steps - 1, n))[::-1]
-    case _:
-      raise UserError(
-          f"timestep spacing {spacing!r} is not known; choose leading, trailing or linspace")
-  return np.clip(chosen[:steps], 0, num_steps - 1).astype(np.float64)
+def singlestep(path: Path, output: Output, *, order: int, kind: str = "x0", tau: float = 0.0,
+               ) -> Iterator[Row]:
+  """DPM-Solver and DPM-Solver++ singlestep: groups of `order` nodes, each a Runge-Kutta step."""
+  between("order", order, 1, 3)
+  orders = [n % order + 1 for n in range(len(path.nodes))]
+  if not np.isfinite(path.landings[-1].log_ratio):
+    orders[-1] = 1
+  return rules.singlestep(path.nodes, path.landings, output, kind=kind, orders=orders,
+                          weights=tables.adams, tau=between("tau", tau, 0, math.inf))
 
 
-def node_at(schedule: schedules.Schedule, t: float) -> Node:
-  """The node of an integer timestep."""
-  alpha_bar = schedules.alphas_bar(schedule)[int(t)]
-  return Node(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), float(t))
+def heun(path: Path, output: Output) -> Iterator[Row]:
+  """EDM's algorithm 1."""
+  return rules.two_stage(path.nodes, path.landings, output, kind="noise", weights=(0.5, 0.5),
+                         middle=lambda node, landing: landing)
 
 
-CLEAN = Node(1.0, 0.0, 0.0)
+def midpoint(path: Path, output: Output, *, kind: str, split: rules.Split = rules.quiet,
+             is_brownian: bool = False) -> Iterator[Row]:
+  """DPM2 ("noise") and DPM-Solver++ 2S ("x0") with a middle halfway in lambda."""
+  middle_split = rules.quiet if is_brownian else split
+  return rules.two_stage(
+      path.nodes, path.landings, output, kind=kind, weights=(0.0, 1.0), split=split,
+      middle=functools.partial(rules.halfway, path.at, middle_split), is_brownian=is_brownian)
 
 
-def ddim_steps(nodes: list[Node], landings: list[Node], prediction_type: str,
-               eta: float) -> Iterator[Step]:
-  """DDIM, eq. 12 with sigma of eq. 16: eta = 0 is deterministic, eta = 1 is DDPM."""
-  for node, landing in zip(nodes, landings, strict=True):
-    e = prediction.coefficients(prediction_type, node.a, node.s)
-    noise = e.e_skip * X + e.e_out * F
-    variance = (landing.s / node.s) ** 2 * (1 - (node.a / landing.a) ** 2)
-    yield node, np.stack([step(node, landing, C, eta * np.sqrt(max(variance, 0.0)), noise)])
+def unipc(path: Path, output: Output, *, order: int, solver_type: str, kind: str = "x0",
+          lower_order_final: bool = True) -> Iterator[Row]:
+  """UniPC of B(h) "bh1" or "bh2"; each step is corrected when the next estimate is known."""
+  known = {"bh1": rules.flat_line, "bh2": rules.middle_line}
+  if solver_type not in known:
+    raise UserError(f"solver_type is {solver_type!r}; it must be one of {sorted(known)}")
+  between("order", order, 1, 3)
+  count, rule = len(path.nodes), known[solver_type]
+  predictors = [min(order, n + 1, count - n if lower_order_final else order) for n in range(count)]
+  return rules.predictor_corrector(
+      path.nodes, path.landings, output, kind=kind, predictors=predictors,
+      correctors=[0, *(known + 1 for known in predictors[:-1])], predict=rule, correct=rule)
 
 
-def dpmpp_2m_steps(nodes: list[Node], landings: list[Node], lower_order_final: bool,
-                   ) -> Iterator[Step]:
-  """DPM-Solver++(2M), algorithm 2: the mean of a line through the last two estimates in lambda.
-
-  S_1 carries the estimate of the node before.
-  """
-  for n, (node, landing) in enumerate(zip(nodes, landings, strict=True)):
-    h = landing.log_ratio - node.log_ratio
-    is_last = n == len(nodes) - 1
-    if n == 0 or not np.isfinite(h) or (is_last and lower_order_final):
-      denoised = C
-    else:
-      weights = adams([0.0, (nodes[n - 1].log_ratio - node.log_ratio) / h])
-      denoised = weights[0] * C + weights[1] * B
-    yield node, np.stack([step(node, landing, denoised), C])
+def sa_solver(path: Path, output: Output, *, predictor_order: int, corrector_order: int,
+              tau: float, noisy_from: float, noisy_to: float) -> Iterator[Row]:
+  """SA-Solver: the SDE of strength tau at timesteps in [noisy_from, noisy_to], else the ODE."""
+  between("predictor_order", predictor_order, 1, 4)
+  between("corrector_order", corrector_order, 0, 4)
+  between("tau", tau, 0, math.inf)
+  count = len(path.nodes)
+  return rules.predictor_corrector(
+      path.nodes, path.landings, output, kind="x0", predict=tables.adams, correct=tables.adams,
+      predictors=[min(predictor_order, n + 1, count - n) for n in range(count)],
+      correctors=[0, *(min(corrector_order, n + 1, count - n + 2) for n in range(1, count))],
+      taus=[tau if noisy_from <= node.t <= noisy_to else 0.0 for node in path.nodes])
 
 
-def tabulate(steps: Iterator[Step], prediction_type: str, clip: float | None) -> Table:
-  """Stacks the rows of a sampler."""
-  nodes, states = zip(*steps, strict=True)
-  n = len(nodes)
-  mix = np.zeros((n, STATE, len(X)))
-  for row, state in zip(mix, states, strict=True):
-    row[: len(state)] = state
-  a, s, t = (np.array(column) for column in zip(*nodes, strict=True))
-  c = prediction.coefficients(prediction_type, a, s)
-  table = Table(
-      mix=mix, c_in=np.ones(n), t=t, c_skip=c.c_skip, c_out=c.c_out,
-      clip=np.full(n, np.inf if clip is None else clip),
-      noise_index=np.arange(n, dtype=np.int32), initial_scale=np.ones(()))
-  if not (np.isfinite(mix).all() and np.isfinite(c.c_out).all()):
-    raise UserError(
-        f"{prediction_type} prediction at a timestep of pure noise says nothing of the picture: "
-        "use a v_prediction network, or a spacing that leaves the last timestep out")
-  return table
+def lcm(path: Path, output: Output, *, timestep_scaling: float) -> Iterator[Row]:
+  """Multistep consistency sampling."""
+  return rules.lcm(path.nodes, path.landings, output, timestep_scaling=timestep_scaling)
 
 
-def ddim(schedule: schedules.Schedule, prediction_type: str, steps: int, *, eta: float = 0.0,
-         spacing: str = "leading", offset: int = 0, clip: float | None = None,
-         final_alpha_one: bool = True) -> Table:
-  """DDIM as a table.
+def tcd(path: Path, output: Output, *, gamma: float) -> Iterator[Row]:
+  """TCD, algorithm 4: down to (1 - gamma)·t of the next timestep, and back up with noise."""
+  between("gamma", gamma, 0, 1)
 
-  Args:
-    schedule: noise levels.
-    prediction_type: one of `prediction.TYPES`.
-    steps: network evaluations, 1 … schedule.num_steps.
-    eta: 0 deterministic … 1 as noisy as DDPM.
-    spacing: of `timesteps`.
-    offset: of `timesteps`.
-    clip: limit of |D|, for pixel models; None for latents.
-    final_alpha_one: land on the clean latent; else on timestep 0.
+  def split(_, landing):
+    if landing.s == 0:
+      return 0.0, 0.0
+    lower = spacings.node_at(path.schedule, (1 - gamma) * landing.t)
+    grown = landing.a / lower.a
+    return grown * lower.s, math.sqrt(max(1 - grown**2, 0.0))
 
-  Returns:
-    A table whose last latent is the picture's.
-  """
-  if not 0 <= eta <= 1:
-    raise UserError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (DDPM)")
-  chosen = timesteps(spacing, steps, schedule.num_steps, offset=offset)
-  nodes = [node_at(schedule, t) for t in chosen]
-  # The reference steps by a constant stride, whatever the spacing.
-  before = chosen - schedule.num_steps // steps
-  final = CLEAN if final_alpha_one else node_at(schedule, 0)
-  landings = [node_at(schedule, t) if t >= 0 else final for t in before]
-  return tabulate(ddim_steps(nodes, landings, prediction_type, eta), prediction_type, clip)
+  return rules.one_step(path.nodes, path.landings, output, split=split)
 
 
-def dpmpp_2m(schedule: schedules.Schedule, prediction_type: str, steps: int, *,
-             spacing: str = "linspace", offset: int = 0, lower_order_final: bool = True,
-             ) -> Table:
-  """DPM-Solver++(2M) as a table; arguments as in `ddim`.
-
-  lower_order_final takes the last step to first order when `steps` < 15, as the paper advises;
-  a step onto the clean latent is of first order anyway.
-  """
-  chosen = timesteps(spacing, steps, schedule.num_steps, offset=offset,
-                     endpoint=spacing != "trailing")
-  nodes = [node_at(schedule, t) for t in chosen]
-  rows = dpmpp_2m_steps(nodes, [*nodes[1:], CLEAN], lower_order_final and steps < 15)
-  return tabulate(rows, prediction_type, None)
+def flow_heun(path: Path, output: Output) -> Iterator[Row]:
+  """Heun along straight lines."""
+  return rules.flow_heun(path.nodes, path.landings, output)
 
 
-SAMPLERS: dict[str, Callable[..., Table]] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
+CHURN = dict(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
+ANCESTRAL = dict(split=tables.ancestral)
+Rule = Callable[..., Iterator[Row]]
+# Name -> (rule, its options and their defaults, what the name fixes, the default spacing).
+SAMPLERS: dict[str, tuple[Rule, dict[str, Any], dict[str, Any], str]] = {
+    "ddpm": (ancestral, {}, {}, "trailing"),
+    "ddim": (one_step, dict(eta=0.0), {}, "trailing"),
+    "ddim_inverse": (ddim_inverse, {}, {}, "trailing"),
+    "pndm": (strided, {}, dict(runge_kutta=True), "leading"),
+    "plms": (strided, {}, dict(runge_kutta=False), "leading"),
+    "lms": (adams_bashforth, dict(order=4), dict(coordinate="sigma"), "karras"),
+    "ipndm": (adams_bashforth, dict(order=4), dict(coordinate="index"), "karras"),
+    "euler": (euler, CHURN, {}, "trailing"),
+    "euler_ancestral": (one_step, dict(eta=1.0), {}, "trailing"),
+    "heun": (heun, {}, {}, "karras"),
+    "dpm2": (midpoint, {}, dict(kind="noise"), "karras"),
+    "dpm2_ancestral": (midpoint, {}, ANCESTRAL | dict(kind="noise"), "karras"),
+    "dpmpp_2s_ancestral": (midpoint, {}, ANCESTRAL | dict(kind="x0"), "karras"),
+    "dpmpp_sde": (midpoint, {}, ANCESTRAL | dict(kind="x0", is_brownian=True), "karras"),
+    "dpmsolver": (multistep, dict(order=2, solver_type="midpoint", lower_order_final=True),
+                  dict(kind="noise"), "trailing"),
+    "dpmsolver_singlestep": (singlestep, dict(order=2), dict(kind="noise"), "exponential"),
+    "dpmpp_2m": (multistep, dict(order=2, solver_type="midpoint", lower_order_final=True), {},
+                 "trailing"),
+    "dpmpp_3m": (multistep, dict(lower_order_final=True), dict(order=3), "trailing"),
+    "dpmpp_2m_sde": (multistep, dict(solver_type="midpoint", lower_order_final=True, tau=1.0),
+                     dict(order=2), "karras"),
+    "dpmpp_3m_sde": (multistep, dict(lower_order_final=True, tau=1.0), dict(order=3),
+                     "exponential"),
+    "dpmpp_2s": (singlestep, dict(tau=0.0), dict(order=2), "exponential"),
+    "dpmpp_3s": (singlestep, dict(tau=0.0), dict(order=3), "exponential"),
+    "deis": (multistep, dict(order=3, lower_order_final=True), dict(kind="noise"), "trailing"),
+    "unipc": (unipc, dict(order=2, solver_type="bh2", kind="x0", lower_order_final=True), {},
+              "trailing"),
+    "sa_solver": (sa_solver, dict(predictor_order=3, corrector_order=4, tau=1.0, noisy_from=200,
+                                  noisy_to=800), {}, "trailing"),
+    "lcm": (lcm, dict(timestep_scaling=10.0), {}, "distilled"),
+    "tcd": (tcd, dict(gamma=0.3), {}, "distilled"),
+    "edm_euler": (euler, CHURN, {}, "karras"),
+    "edm_heun": (heun, {}, {}, "karras"),
+    "edm_dpmpp_2m": (multistep, dict(order=2, solver_type="midpoint", lower_order_final=True), {},
+                     "karras"),
+    "flow_euler": (one_step, dict(eta=0.0), {}, ""),
+    "flow_heun": (flow_heun, {}, {}, ""),
+}
+# Which networks a sampler is for, by the start of its name: (path, the path's options).
+PATHS = {"edm": (edm_path, EDM), "flow": (flow_path, FLOW)}
+
+
+def check_start(start: int, steps: int) -> None:
+  """Raises UserError unless a step is left."""
+  if not 0 <= start < steps:
+    raise UserError(f"start is {start}; of {steps} steps, 0 to {steps - 1} can be left out")
 
 
 def named(sampler: str, schedule: schedules.Schedule, prediction_type: str, steps: int,
-          **options) -> Table:
-  """Returns the table of a sampler in `SAMPLERS`."""
-  if sampler not in SAMPLERS:
-    raise UserError(f"sampler {sampler!r} is not known; choose one of {sorted(SAMPLERS)}")
-  return SAMPLERS[sampler](schedule, prediction_type, steps, **options)
+          **options: Any) -> Table:
+  """Returns the table of a sampler in `SAMPLERS`.
 
+  Args:
+    sampler: a key of `SAMPLERS`; "edm_…" and "flow_…" are for networks trained so.
+    schedule: noise levels.
+    prediction_type: of `prediction.coefficients`.
+    steps: 1 … schedule.num_steps; samplers of two stages ask the network twice in each.
+    **options: the sampler's own, in `SAMPLERS`, and its path's, in `PATH`, `EDM` or `FLOW`:
+      spacing one of `spacings.TIMESTEPS` or `spacings.SIGMAS`; offset of leading timesteps;
+      rounded: ask at whole timesteps only; timesteps or sigmas: a list in place of a spacing;
+      final_sigma "zero" or "sigma_min"; clip and quantile of `tables.Output`; unit_variance:
+      start from the noise as it is, or (False) scaled to the first node's noise level; and
+      `start`, steps left out at the beginning (image to image begins at the table's first a, s).
 
-# Options of diffusers' constructors: their defaults, and the only values that have a table here.
-DEFAULTS = {
-    "DDIMScheduler": dict(
-        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
-        set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0),
-    "DPMSolverMultistepScheduler": dict(
-        prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0,
-        lower_order_final=True),
-}
-ONLY = {
-    "DDIMScheduler": dict(thresholding=False, trained_betas=None),
-    "DPMSolverMultistepScheduler": dict(
-        thresholding=False, trained_betas=None, algorithm_type="dpmsolver++", solver_order=2,
-        solver_type="midpoint", use_karras_sigmas=False, use_exponential_sigmas=False,
-        use_beta_sigmas=False, use_lu_lambdas=False, use_flow_sigmas=False,
-        euler_at_final=False, final_sigmas_type="zero", variance_type=None,
-        lambda_min_clipped=-math.inf),
-}
-
-
-def from_config(scheduler_config: dict, steps: int, **options) -> Table:
-  """Returns the table of a diffusers `scheduler_config.json`; `options` override its choices.
+  Returns:
+    A table whose last latent is the picture's.
 
   Raises:
-    UserError: for a scheduler class or an option that has no table here, naming it.
+    UserError: for an unknown sampler or option, or a value out of range.
+  """
+  if sampler not in SAMPLERS:
+    raise UserError(f"sampler {sampler!r} is not known; choose one of {sorted(SAMPLERS)}")
+  rule, own, fixed, spacing = SAMPLERS[sampler]
+  start = options.pop("start", 0)
+  make_path, path_options = PATHS.get(sampler.split("_")[0], (diffusion_path, PATH))
+  if unknown := options.keys() - own.keys() - path_options.keys():
+    raise UserError(f"option {min(unknown)!r} is not one of {sampler}'s: choose from "
+                    f"{sorted(own.keys() | path_options.keys())}")
+  chosen = path_options | {"spacing": path_options.get("spacing") or spacing} | options
+  path, output, scale = make_path(schedule, prediction_type, steps, chosen)
+  check_start(start, steps)
+  path = path._replace(nodes=path.nodes[start:], landings=path.landings[start:])
+  rows = rule(path, output, **fixed, **own | {key: options[key] for key in own.keys() & options})
+  return tables.tabulate(rows, output, scale)
+
+
+def from_config(scheduler_config: dict, steps: int, **options: Any) -> Table:
+  """Returns the table of a diffusers `scheduler_config.json`, with that class's conventions.
+
+  Args:
+    scheduler_config: the file's content; what a class's constructor does not know is passed over.
+    steps: num_inference_steps there.
+    **options: override the file; besides `start`, steps left out at the beginning (image to
+      image), eta of DDIM and TCD, and mu of flow matching with dynamic shifting.
+
+  Raises:
+    UserError: for a class or an option that has no table, naming it.
   """
   name = scheduler_config.get("_class_name")
-  if name not in DEFAULTS:
+  if name not in scheduler_configs.CLASSES:
     raise UserError(f"scheduler class {name!r} has no table here; name a sampler instead, "
                     f"one of {sorted(SAMPLERS)}")
-  for option, value in ONLY[name].items():
-    if scheduler_config.get(option, value) != value:
-      raise UserError(f"scheduler option {option}={scheduler_config[option]!r} of {name} has no "
-                      f"table here, only {value!r}; name a sampler instead, one of "
-                      f"{sorted(SAMPLERS)}")
-  config = DEFAULTS[name] | scheduler_config
-  schedule = schedules.from_config(config)
-  chosen = {"spacing": config["timestep_spacing"], "offset": config["steps_offset"]}
-  if name == "DDIMScheduler":
-    chosen["clip"] = config["clip_sample_range"] if config["clip_sample"] else None
-    chosen["final_alpha_one"] = config["set_alpha_to_one"]
-    return ddim(schedule, config["prediction_type"], steps, **chosen | options)
-  chosen["lower_order_final"] = config["lower_order_final"]
-  return dpmpp_2m(schedule, config["prediction_type"], steps, **chosen | options)
+  defaults, make = scheduler_configs.CLASSES[name]
+  start = options.pop("start", 0)
+  if unknown := options.keys() - defaults.keys():
+    raise UserError(f"option {min(unknown)!r} is not one of {name}'s: choose from "
+                    f"{sorted(defaults)}")
+  check_start(start, steps)
+  given = {key: scheduler_config[key] for key in defaults.keys() & scheduler_config}
+  return make(defaults | given | options | {"_class_name": name}, steps, start)

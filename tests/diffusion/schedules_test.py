@@ -36,8 +36,33 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_level():
 
 
 def test_a_schedule_survives_its_scheduler_config():
-  for schedule in (schedules.Schedule(), schedules.Schedule("linear", 1e-4, 0.02, 500, True)):
+  for schedule in (schedules.Schedule(), schedules.Schedule("linear", 1e-4, 0.02, 500, True),
+                   schedules.Schedule("exp"),
+                   schedules.Schedule(num_steps=3, trained_betas=(0.1, 0.2, 0.4))):
     assert schedules.from_config(schedules.to_config(schedule, "epsilon")) == schedule
+
+
+def test_given_betas_take_the_place_of_a_name():
+  schedule = schedules.Schedule(num_steps=2, trained_betas=(0.25, 0.5))
+  np.testing.assert_allclose(schedules.alphas_bar(schedule), [0.75, 0.375])
+  with pytest.raises(UserError, match="2 trained_betas for 1000"):
+    schedules.Schedule(trained_betas=(0.25, 0.5))
+
+
+def test_exponential_and_sigmoid_schedules_follow_their_formulas():
+  falling = schedules.alphas_bar(schedules.Schedule("exp"))
+  np.testing.assert_allclose(falling[[99, 899]], np.exp([-1.2, -10.8]))
+  betas = 1 - np.exp(np.diff(np.log(schedules.alphas_bar(
+      schedules.Schedule("sigmoid", 0.001, 0.02)))))
+  middle = betas[498] - 0.0105  # half way, up to the step from one timestep to its neighbour
+  assert abs(middle) < 1e-4 and abs(betas[-1] - 0.02) < 1e-4
+
+
+def test_schedules_of_one_class_are_refused_in_others():
+  config = {"beta_schedule": "sigmoid", "_class_name": "DDPMScheduler"}
+  assert schedules.from_config(config).name == "sigmoid"
+  with pytest.raises(UserError, match="sigmoid.*DDPMScheduler"):
+    schedules.from_config(config | {"_class_name": "DDIMScheduler"})
 
 
 def test_an_unknown_schedule_is_named_with_the_known_ones():
