@@ -4,7 +4,7 @@ A module imports only from floors below its own, or from its own room:
 
   5  cli
   4  train          eval
-  3  generate       encode
+  3  control ◄ denoise ◄ generate ◄ edit    encode      prompt_list
   2  stable_diffusion    checkpoints
   1  diffusion      models      data
   0  pytrees    errors    files    pictures
@@ -20,15 +20,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "cli": 5, "train": 4, "eval": 4, "encode": 3, "generate": 3, "checkpoints": 2,
-    "stable_diffusion": 2,
+    "cli": 5, "train": 4, "eval": 4, "encode": 3, "prompt_list": 3,
+    "edit": 3, "generate": 3, "denoise": 3, "control": 3,
+    "checkpoints": 2, "stable_diffusion": 2,
     "diffusion": 1, "models": 1, "data": 1, "pytrees": 0, "errors": 0, "files": 0,
     "pictures": 0,
 }
 # checkpoints.*.load returns a StableDiffusion; encoding splits its batches over the devices as
-# generating does; a user's error may be raised anywhere.
-ALSO = {("checkpoints", "stable_diffusion"), ("encode", "generate"), ("pytrees", "errors"),
-        ("pictures", "errors"), ("pictures", "files")}
+# generating does; a list of prompts is generated; a user's error may be raised anywhere.
+ALSO = {("checkpoints", "stable_diffusion"), ("encode", "generate"), ("prompt_list", "generate"),
+        ("denoise", "control"), ("generate", "denoise"), ("generate", "control"),
+        ("edit", "generate"), ("edit", "denoise"),
+        ("pytrees", "errors"), ("pictures", "errors"), ("pictures", "files")}
 # Rooms and files that may import these libraries; everywhere else they are forbidden.
 ONLY = {
     "flax.linen": ("models/", "stable_diffusion.py"),

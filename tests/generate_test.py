@@ -1,9 +1,8 @@
 """Pictures depend on what was asked, and on nothing else."""
 
 import dataclasses
+import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,40 +22,25 @@ def make(model, rows, **changes):
       **asked | changes)
 
 
-def test_noise_is_of_the_seed_alone():
-  shape = (4, 4, 2)
-  noise = lambda seeds, index=0: np.asarray(generate.image_noise(
-      jnp.asarray(generate.seed_words(seeds)), generate.STEPS, index, shape))
-  together = noise([1, 2, 3])
-  np.testing.assert_array_equal(noise([3, 1]), together[[2, 0]])
-  np.testing.assert_array_equal(noise([2]), together[1:2])
-  assert not np.array_equal(noise([1], 1), together[:1])
-  # Both words of a 64-bit seed count; `jax.random.key` would take these for the same.
-  assert not np.array_equal(noise([2**32 + 1]), together[:1])
-
-
-def test_small_seeds_are_those_of_jax():
-  ours = jax.random.wrap_key_data(generate.seed_words([5])[0], impl="threefry2x32")
-  theirs = jax.random.key(5, impl="threefry2x32")
-  assert (jax.random.key_data(ours) == jax.random.key_data(theirs)).all()
-
-
 def test_an_image_does_not_depend_on_its_batch(tiny_model):
-  together, latents = make(tiny_model, [0, 1, 2])
-  assert together.shape == (3, 32, 32, 3) and latents.shape == (3, 8, 8, 4)
-  assert np.abs(together).max() <= 1
-  turned, _ = make(tiny_model, [2, 0])
-  np.testing.assert_allclose(turned, together[[2, 0]], atol=1e-4)
-  assert np.abs(together[0] - together[1]).max() > 1e-2
+  together, latents = make(tiny_model, [0, 1])
+  assert together.shape == (2, 32, 32, 3) and latents.shape == (2, 8, 8, 4)
+  assert np.abs(together).max() <= 1 and np.abs(together[0] - together[1]).max() > 1e-2
+  turned, _ = make(tiny_model, [1, 0])
+  alone, _ = make(tiny_model, [1])
+  error = max(np.square(alone[0] - together[1]).mean(), np.square(turned[::-1] - together).mean())
+  psnr_db = 10 * math.log10(2**2 / max(error, 1e-20))
+  print(f"images across batch sizes agree to {psnr_db:.0f} dB")
+  assert psnr_db > 90
 
 
-def test_guidance_needs_the_prompt_and_the_negative_prompt(tiny_model):
-  plain, _ = make(tiny_model, [0], guidance_scale=1.0)
+def test_the_negative_prompt_counts(tiny_model):
+  """Away from the prompt itself the two halves cancel, whatever the scale."""
   guided, _ = make(tiny_model, [0])
   same, _ = make(tiny_model, [0], negative_prompts=[PROMPTS[0]])
-  assert np.abs(plain - guided).max() > 1e-4
-  # Away from the prompt itself: the two halves cancel, whatever the scale.
-  np.testing.assert_allclose(same, plain, atol=1e-4)
+  again, _ = make(tiny_model, [0], negative_prompts=[PROMPTS[0]], guidance_scale=5.0)
+  np.testing.assert_allclose(same, again, atol=1e-4)
+  assert np.abs(same - guided).max() > 1e-4
 
 
 def test_given_latents_replace_the_seed(tiny_model):
@@ -76,16 +60,17 @@ def test_given_latents_replace_the_seed(tiny_model):
     (dict(init_latents=np.zeros((1, 8, 8, 3))), r"\[1, 8, 8, 3\].*\[1, 8, 8, 4\]"),
     (dict(init_latents=np.full((1, 8, 8, 4), np.nan)), "NaN"),
     (dict(negative_prompts=["", ""]), "2 negative_prompts for 1"),
+    (dict(guidance_scale=[1.0, 2.0]), "2 guidance scales for 1"),
+    (dict(guidance_scale=math.nan), "guidance_scale is nan"),
+    (dict(guidance_rescale=1.5), "guidance_rescale is 1.5.*0 and 1"),
+    (dict(guidance_interval=(2.0, 1.0)), "guidance_interval is .*falling"),
+    (dict(every_rows=0), "every_rows is 0"),
+    (dict(batch_size=0), "batch_size is 0"),
+    (dict(sizes=np.zeros((1, 6))), r"sizes have shape \[1, 6\]; this model is told none"),
 ])
 def test_bad_requests_say_what_is_wrong(tiny_model, changes, message):
   with pytest.raises(UserError, match=message):
     make(tiny_model, [0], **changes)
-
-
-def test_seeds_out_of_range_are_refused():
-  for seed in (-1, 2**64):
-    with pytest.raises(UserError, match="2\\*\\*64"):
-      generate.seed_words([seed])
 
 
 def test_batches_are_equal_and_cover_every_row():
