@@ -39,6 +39,8 @@ setup(
         "test": ["pytest>=8.0", "scikit-image>=0.25"],
         # What the networks are compared with: pytest -m oracle.
         "oracle": ["torch==2.13.0", "diffusers>=0.35", "accelerate>=1.0", "peft>=0.17"],
+        # Prompt lists in .parquet.
+        "parquet": ["pyarrow>=15"],
         # tensorflow-datasets imports importlib_resources without asking for it.
         "tfds": ["tensorflow-datasets>=4.9.8", "importlib_resources"],
     },

@@ -1,5 +1,6 @@
 """Pictures for people: PNG files that say how they were made, and labelled grids."""
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,29 @@ def save_png(
     metadata.add_text(name, str(value))       # iTXt by itself where Latin-1 does not suffice
   with write_whole(path) as file:
     picture.save(file, "PNG", pnginfo=metadata)
+
+
+def parameters(prompt: str, negative_prompt: str, facts: Mapping[str, object]) -> str:
+  """Returns the text "parameters" of a PNG, as A1111 writes it and many programs read it:
+
+    a red fox
+    Negative prompt: blurry
+    Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 3, Size: 512x512, Model: sd15
+
+  Source: `create_infotext` of AUTOMATIC1111's web UI, modules/processing.py.
+
+  Args:
+    prompt, negative_prompt: an empty negative prompt has no line.
+    facts: what the last line tells, in this order; those that are None are left out.
+  """
+  def quoted(value):
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+
+  told = ", ".join(f"{name}: {quoted(value)}" for name, value in facts.items()
+                   if value is not None)
+  negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
+  return f"{prompt}{negative}\n{told}".strip()
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -1,5 +1,8 @@
 """Pictures on disk and on the page."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,3 +85,16 @@ def test_labels_are_wrapped_to_the_width_without_losing_words():
   assert len(lines) > 1 and " ".join(lines) == text
   assert max(font.getlength(line) for line in lines) <= 150
   assert pictures._wrap("", font, 150) == []
+
+
+def test_parameters_have_the_form_of_a1111():
+  facts = {"Steps": 20, "Sampler": "Euler a", "CFG scale": "7.5", "Seed": 3, "Size": "512x512",
+           "Model": "sd15", "Clip skip": None}
+  last = "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 3, Size: 512x512, Model: sd15"
+  assert pictures.parameters("a fox", "blurry", facts) == f"a fox\nNegative prompt: blurry\n{last}"
+  assert pictures.parameters("a fox\nat night", "", facts) == f"a fox\nat night\n{last}"
+  # The expression by which A1111 reads the last line back (modules/infotext_utils.py).
+  field = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+  odd = pictures.parameters("a", "", {"Steps": 1, "Model": 'a, b: "c"', "Seed": 2})
+  read = dict(field.findall(odd.splitlines()[-1]))
+  assert (read["Steps"], json.loads(read["Model"]), read["Seed"]) == ("1", 'a, b: "c"', "2")

@@ -1,9 +1,13 @@
 """What a door does to the machine and to JAX before it computes."""
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+WORTH_TELLING_S = 0.1  # compilations that take less are those of single operations
 
 
 def use_huge_pages() -> None:
@@ -28,14 +32,39 @@ def cache_compilations() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+@contextlib.contextmanager
+def logged_compilations() -> Iterator[None]:
+  """Logs each program that is compiled while the block runs, or read from disk: which, how long."""
+  from jax import monitoring
+  log = logging.getLogger("sdjax")
+  read = []
+
+  def tell(event: str, seconds: float, **facts) -> None:
+    if event.endswith("/cache_retrieval_time_sec"):  # told of just before the program it is about
+      read.append(seconds)
+    elif event.endswith("/backend_compile_duration"):
+      if seconds >= WORTH_TELLING_S:
+        name = facts["fun_name"].removeprefix("jit(").strip("_)").replace("_", " ")
+        what = "read %s from the cache in %.1f s" if read else "compiled %s in %.1f s"
+        log.info(what, name, seconds)
+      read.clear()
+
+  monitoring.register_event_duration_secs_listener(tell)
+  try:
+    yield
+  finally:
+    monitoring.unregister_event_duration_listener(tell)
+
+
 def log_to_stderr() -> None:
   """Shows sdjax's own messages, and of other packages warnings alone; of Orbax nothing."""
   import absl.logging
   import jax
   # Orbax logs the whole traceback of what it then raises.
   absl.logging.set_verbosity(absl.logging.FATAL)
-  handler = logging.StreamHandler(sys.stderr)
-  handler.setFormatter(logging.Formatter("%(message)s"))
+  handler = logging.Handler()
+  # The stderr of the moment: tests and notebooks put others in its place, and close them.
+  handler.emit = lambda record: print(record.getMessage(), file=sys.stderr)
   logger = logging.getLogger("sdjax")
   logger.handlers = [handler]
   logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)

@@ -1,10 +1,11 @@
-"""`sdjax sample`: pictures from prompts."""
+"""`sdjax sample`: pictures from prompts, a few or a list of any length."""
 
 import argparse
-import json
 from pathlib import Path
 
 from sdjax.errors import UserError
+
+GRID = 64  # pictures of a job that grid.png shows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,8 +17,9 @@ def parser() -> argparse.ArgumentParser:
   what = p.add_mutually_exclusive_group(required=True)
   what.add_argument("--prompt", action="append", help="may be given several times")
   what.add_argument("--prompts", metavar="FILE",
-                    help="a prompt a line (.txt), or .jsonl with prompt, and seed or "
-                    "negative_prompt if wanted")
+                    help="a prompt a line (.txt), or .jsonl, .csv, .parquet with prompt and, where "
+                    "wanted, negative_prompt, seed, steps, guidance_scale, height, width, "
+                    "num_images. Killed, the same command makes the pictures that are missing")
   p.add_argument("--negative-prompt", default="", help="what to steer away from")
   p.add_argument("--weighted", action="store_true",
                  help="prompts weigh words: (word:1.2), [word], BREAK, as in A1111")
@@ -30,34 +32,89 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt")
   p.add_argument("--steps", type=int, default=30, help="network evaluations (30)")
   p.add_argument("--guidance-scale", type=float, default=7.5, help="1 is off (7.5)")
-  p.add_argument("--sampler", help="ddim or dpmpp_2m; the model's own by default")
+  p.add_argument("--sampler", help="such as ddim or dpmpp_2m; the model's own by default")
   p.add_argument("--seed", type=int, default=0, help="of the first image; the next adds one")
   p.add_argument("--height", type=int, help="px; the model's own by default")
   p.add_argument("--width", type=int, help="px; the model's own by default")
   p.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once (8)")
+  p.add_argument("--mesh", default="data=-1", metavar="AXIS=N,…",
+                 help="data=4,fsdp=2 copies the model to four groups of devices and splits it "
+                 "over the two of each; by default every device has a copy")
   p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
   p.add_argument("--init-latents", metavar="FILE.npy",
                  help="float32 standard normal noise [n h w c] in place of the seeds'")
   p.add_argument("--save-latents", metavar="FILE.npy", help="the final latents [n h w c]")
   p.add_argument("--out", default="pictures", metavar="DIR", help="(pictures)")
+  p.add_argument("--format", default="folder", choices=("folder", "webdataset"),
+                 help="of DIR: 00000.png, … or 00000.tar, … with pictures and prompts (folder)")
+  p.add_argument("--shard-size", type=int, default=1000, metavar="N",
+                 help="pictures per tar (1000)")
   return p
 
 
 def main(argv: list[str]) -> int:
   """Makes the pictures that the flags ask for, and a grid of them."""
   flags = parser().parse_args(argv)
-  requests = read_requests(flags)
+  lines = read_lines(flags)
+  axes = read_mesh(flags.mesh)
   if flags.batch_size < 1:
     raise UserError(f"--batch-size is {flags.batch_size}; make at least 1 image at once")
 
+  import jax
   import numpy as np
 
-  from sdjax import generate, pictures
-  from sdjax.checkpoints import lora, sources, textual_inversion
-  from sdjax.cli import device
-  from sdjax.cli.convert import read_scale
+  from sdjax import prompt_list, pytrees
+  from sdjax.cli import device, experiment
+  from sdjax.train import partitioning
+  experiment.start_processes()
   device.cache_compilations()
+  device.log_to_stderr()
+  mesh = partitioning.make_mesh(axes)
+  sd, params = load(flags)
+  job = make_job(flags, lines, sd, params)
   given = None if flags.init_latents is None else read_latents(flags.init_latents)
+  check_latents(flags, given, job.wanted)
+  with device.logged_compilations(), jax.set_mesh(mesh):
+    # Split over "fsdp" as `configs.common` splits parameters for training.
+    params = pytrees.map_paths(partitioning.placer(mesh, ((".*", "fsdp"),)), params)
+    latents = prompt_list.run(
+        job, sd.astype(flags.dtype), params, batch_size=flags.batch_size, init_latents=given,
+        keep_latents=flags.save_latents is not None)
+  if jax.process_index() == 0:
+    if flags.save_latents:
+      np.save(flags.save_latents, np.stack([latents[n] for n in range(len(job.wanted))]))
+    print(f"{len(job.wanted)} pictures in {job.out}/; look at {show(job)}")
+  return 0
+
+
+def read_lines(flags: argparse.Namespace) -> list:
+  """Returns the prompts as lines of `prompt_files.read`, and checks what the flags say of all."""
+  from sdjax.data import prompt_files
+  prompt_files.check(defaults(flags), "")
+  if flags.prompt:
+    return [(number, {"prompt": text}) for number, text in enumerate(flags.prompt, 1)]
+  return prompt_files.read(flags.prompts)
+
+
+def defaults(flags: argparse.Namespace) -> dict:
+  """Returns what the flags say of every picture, by the names of `prompt_files.KINDS`."""
+  names = ("negative_prompt", "seed", "steps", "guidance_scale", "height", "width", "num_images")
+  return {name: getattr(flags, name) for name in names}
+
+
+def read_mesh(text: str) -> dict[str, int]:
+  """Reads --mesh: "data=2,fsdp=4"."""
+  pairs = [pair.partition("=") for pair in text.split(",")]
+  try:
+    return {axis: int(size) for axis, _, size in pairs}
+  except ValueError as error:
+    raise UserError(f"--mesh is {text!r}; write data=4,fsdp=2, one of them may be -1") from error
+
+
+def load(flags: argparse.Namespace):
+  """Returns the model with what the flags merge into it, on the host."""
+  from sdjax.checkpoints import lora, sources, textual_inversion
+  from sdjax.cli.convert import read_scale
   sd, params = sources.load(flags.model)
   if flags.lora:
     params = lora.merge(params, [
@@ -65,89 +122,34 @@ def main(argv: list[str]) -> int:
   if flags.embedding:
     sd, params = textual_inversion.attach(
         sd, params, [textual_inversion.load(file) for file in flags.embedding])
-  sd = sd.astype(flags.dtype)
-  side = sd.default_size
-  negative = [request["negative_prompt"] for request in requests]
-  images, latents = generate.text_to_image(
-      sd, params, [request["prompt"] for request in requests], steps=flags.steps,
-      guidance_scale=flags.guidance_scale, seeds=[request["seed"] for request in requests],
-      height=flags.height or side, width=flags.width or side,
-      negative_prompts=negative if any(negative) else None, sampler=flags.sampler,
-      init_latents=given, weighted=flags.weighted, clip_skip=flags.clip_skip,
-      batch_size=flags.batch_size)
-  out = Path(flags.out)
-  drawn = pictures.to_uint8(images)
-  for number, (picture, request) in enumerate(zip(drawn, requests, strict=True)):
-    pictures.save_png(out / f"{number:05d}.png", picture, request | {
-        "steps": flags.steps, "guidance_scale": flags.guidance_scale,
-        "sampler": flags.sampler or "of the model", "model": flags.model})
-  if flags.save_latents:
-    np.save(flags.save_latents, latents)
-  where = out / "00000.png"
-  if len(requests) > 1:
-    where = out / "grid.png"
-    pictures.save_png(where, pictures.grid(
-        drawn[:64], [request["prompt"] for request in requests][:64],
-        scale=max(1, 128 // drawn.shape[1])))
-  print(f"{len(requests)} pictures in {out}/; look at {where}")
-  return 0
+  return sd, params
 
 
-def read_requests(flags: argparse.Namespace) -> list[dict]:
-  """Returns one {"prompt", "negative_prompt", "seed"} per picture."""
-  if flags.num_images < 1:
-    raise UserError(f"--num-images is {flags.num_images}; make at least 1")
-  lines = [{"prompt": text} for text in flags.prompt] if flags.prompt else read_prompts(
-      Path(flags.prompts))
-  requests = []
-  for line in lines:
-    for copy in range(flags.num_images):
-      seed = line["seed"] + copy if "seed" in line else flags.seed + len(requests)
-      requests.append({"prompt": line["prompt"], "seed": seed, "negative_prompt":
-                       line.get("negative_prompt", flags.negative_prompt)})
-  return requests
-
-
-KINDS = {"prompt": str, "negative_prompt": str, "seed": int}
-
-
-def read_prompts(path: Path) -> list[dict]:
-  """Reads a prompt file.
-
-  Raises:
-    UserError: for a line that cannot be read, by its number, or a file without prompts.
-  """
-  if not path.is_file():
-    raise UserError(f"there is no prompt file {path}")
-  lines = []
-  try:
-    text = path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-  for number, line in enumerate(text.splitlines(), 1):
-    if not line.strip():
-      continue
-    lines.append({"prompt": line.strip()} if path.suffix != ".jsonl" else
-                 _read_object(line, f"{path} line {number}"))
-  if not lines:
-    raise UserError(f"{path} holds no prompts; write one a line")
-  return lines
-
-
-def _read_object(line: str, where: str) -> dict:
-  try:
-    entry = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{where} is not JSON ({error.msg}); write "
-                    '{"prompt": "…"}') from error
-  if not isinstance(entry, dict) or "prompt" not in entry:
-    raise UserError(f"{where} has no \"prompt\"; write " '{"prompt": "…"}')
-  for name, value in entry.items():
-    if name not in KINDS:
-      raise UserError(f"{where} has {name!r}; known are {', '.join(KINDS)}")
-    if not isinstance(value, KINDS[name]) or isinstance(value, bool):
-      raise UserError(f"{where}: {name} is {value!r}; it must be {KINDS[name].__name__}")
-  return entry
+def make_job(flags: argparse.Namespace, lines: list, sd, params):
+  """Returns what is wanted, and where. Latents are exchanged as one file: such a job is anew."""
+  from sdjax import prompt_list
+  from sdjax.data import prompt_files
+  low, high = prompt_list.SHARD_SIZES
+  if not low <= flags.shard_size <= high:
+    raise UserError(f"--shard-size is {flags.shard_size}; it must lie between {low} and {high}")
+  side, source = sd.default_size, flags.prompts or ""
+  wanted = prompt_files.expand(
+      lines, defaults(flags) | {"height": flags.height or side, "width": flags.width or side},
+      source)
+  for one in wanted:
+    try:
+      sd.latent_shape(one.height, one.width)
+    except UserError as error:
+      raise UserError(f"{prompt_files.place(source, one.line)}{error}") from error
+  settings = prompt_list.Settings(
+      model=flags.model, fingerprint=prompt_list.fingerprint(sd, params), sampler=flags.sampler,
+      scheduler=sd.scheduler_config.get("_class_name", ""), weighted=flags.weighted,
+      clip_skip=flags.clip_skip, dtype=flags.dtype, lora=tuple(flags.lora),
+      embedding=tuple(flags.embedding))
+  return prompt_list.Job(
+      Path(flags.out), wanted, settings,
+      shard_size=flags.shard_size if flags.format == "webdataset" else None,
+      restartable=bool(flags.prompts) and not (flags.init_latents or flags.save_latents))
 
 
 def read_latents(path: str):
@@ -157,3 +159,36 @@ def read_latents(path: str):
     return np.load(path, allow_pickle=False)
   except ValueError as error:
     raise UserError(f"{path} is not a .npy file of numbers ({error})") from error
+
+
+def check_latents(flags: argparse.Namespace, given, wanted: list) -> None:
+  """Raises UserError unless latents, where they are exchanged, fit into one array [n h w c]."""
+  import numpy as np
+  if not (flags.init_latents or flags.save_latents):
+    return
+  if len({(one.height, one.width) for one in wanted}) > 1:
+    raise UserError("--init-latents and --save-latents take pictures of one size; these prompts "
+                    "ask for several")
+  if given is not None and given.shape[:1] != (len(wanted),):
+    raise UserError(f"{flags.init_latents} has shape {list(given.shape)} for {len(wanted)} "
+                    "pictures; give one latent [h w c] for each")
+  if given is not None and not np.isfinite(given).all():  # of batches that come later, too
+    raise UserError(f"{flags.init_latents}: the given latents hold NaN or infinity; they must be "
+                    "standard normal noise")
+
+
+def show(job) -> Path:
+  """Draws a grid of the first pictures if they are of one size, and returns what to look at."""
+  import numpy as np
+  from PIL import Image
+
+  from sdjax import pictures
+  first = job.wanted[:GRID]
+  if job.shard_size is not None:
+    return job.out / "00000.tar"
+  if len(first) == 1 or len({(one.height, one.width) for one in first}) > 1:
+    return job.path(0)
+  drawn = np.stack([np.asarray(Image.open(job.path(number))) for number in range(len(first))])
+  pictures.save_png(job.out / "grid.png", pictures.grid(
+      drawn, [one.prompt for one in first], scale=max(1, 128 // drawn.shape[1])))
+  return job.out / "grid.png"

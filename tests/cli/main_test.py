@@ -1,6 +1,5 @@
 """Doors: quick help, one-line errors, exit code 2, nothing half-written."""
 
-import json
 import os
 import subprocess
 import sys
@@ -99,25 +98,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, model_folder, tmp_pa
   error = fails(capsys, "convert", model_folder, tmp_path / "copy")
   assert "safetensors cannot be written" in error and "make room" in error
   assert list(tmp_path.iterdir()) == []
-
-
-def test_sample_writes_pictures_that_say_how_they_were_made(model_folder, tmp_path, capsys):
-  from PIL import Image
-  out = tmp_path / "out"
-  lines = [{"prompt": "a red circle", "seed": 7}, {"prompt": "a blue square"}]
-  (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  assert cli.main([
-      "sample", "--model", str(model_folder), "--prompts", str(tmp_path / "p.jsonl"), "--steps",
-      "2", "--out", str(out), "--num-images", "2", "--seed", "100", "--save-latents",
-      str(tmp_path / "latents.npy")]) == 0
-  assert sorted(path.name for path in out.iterdir()) == [
-      "00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
-  with Image.open(out / "00001.png") as picture:
-    assert picture.size == (32, 32)
-    assert (picture.text["prompt"], picture.text["seed"]) == ("a red circle", "8")
-  with Image.open(out / "00003.png") as picture:
-    assert picture.text["seed"] == "103"
-  assert np.load(tmp_path / "latents.npy").shape == (4, 8, 8, 4)
 
 
 def test_training_commands_start_again_with_huge_pages_once(monkeypatch):

@@ -41,7 +41,7 @@ def test_killed_ends_bit_identical(start, arguments, numbers, pictures, tmp_path
   finish(start(*arguments(pictures, tmp_path / "whole", changes)))
   killed = tmp_path / "killed"
   child = start(*arguments(pictures, killed, changes))
-  wait_for((killed / "checkpoints" / "8").is_dir, child, 90)
+  wait_for((killed / "checkpoints" / "8").is_dir, child, 300)
   child.send_signal(signal.SIGKILL)
   child.wait()
   output = finish(start(*arguments(pictures, killed, changes)))
@@ -61,6 +61,7 @@ def assert_agree(found, expected):
     np.testing.assert_allclose(found[number], values, rtol=1e-5, err_msg=str(number))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(start, arguments, numbers, latents, alone, tmp_path):
   changes, expected = alone
   launcher = (*LAUNCHER, "--devices", "2", "--", sys.executable)
@@ -77,7 +78,7 @@ def test_two_sharded_processes_survive_a_kill(
   launcher = (*LAUNCHER, "--devices", "4", "--", sys.executable)
   line = arguments(latents, tmp_path, changes | {"mesh.fsdp": 2})
   child = start(*line, launcher=launcher)
-  wait_for(lambda: max(numbers(tmp_path), default=0) >= 3, child, 120)
+  wait_for(lambda: max(numbers(tmp_path), default=0) >= 3, child, 300)
   child.send_signal(signal.SIGKILL)
   child.wait()
   finish(start(*line, launcher=launcher))

@@ -1,0 +1,271 @@
+"""A list of prompts: few shapes, and after any number of kills the right pictures, each once.
+
+What draws here is a fake that needs no compiler: each picture is a pure function of what is asked.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import generate, pictures, prompt_list
+from sdjax.data import shards
+from sdjax.data.prompt_files import Wanted
+from sdjax.errors import UserError
+
+SETTINGS = prompt_list.Settings("models/sd15.safetensors", "0123", None, "PNDMScheduler", False, 0,
+                                "float32", (), ())
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: no code may catch it."""
+
+
+def ask(number, **changes):
+  chosen = dict(negative_prompt="", seed=number, steps=4, guidance_scale=2.0, height=32, width=32,
+                line=number + 1, copy=0)
+  return Wanted(**{"prompt": f"picture {number}"} | chosen | changes)
+
+
+# Sizes, steps and scales alternate, so that batches do not follow the list.
+LIST = [ask(number, width=(32, 48)[number % 2], steps=(4, 6, 4)[number % 3],
+                guidance_scale=(2.0, 1.0, 3.0, 2.0)[number % 4],
+                negative_prompt=("", "blurry")[number % 5 == 0]) for number in range(23)]
+
+
+def job(out, wanted=LIST, settings=SETTINGS, shard_size=None, restartable=True):
+  return prompt_list.Job(out, wanted, settings, shard_size, restartable)
+
+
+def draw(prompt, negative, seed, steps, scale, height, width):
+  digest = hashlib.sha256(repr((prompt, negative, seed, steps, scale)).encode()).digest()
+  rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+  return rng.uniform(-1, 1, (height, width, 3)).astype(np.float32)
+
+
+def expected(one):
+  return pictures.to_uint8(draw(one.prompt, one.negative_prompt, one.seed, one.steps,
+                                one.guidance_scale, one.height, one.width))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """Puts the fake in place; the list gets the seeds of each batch."""
+  batches = []
+
+  def text_to_image(sd, params, prompts, *, steps, guidance_scale, seeds, height, width,
+                    negative_prompts, batch_size, **_):
+    batches.append(list(seeds))
+    assert len(prompts) == batch_size
+    images = [draw(prompt, negative, seed, steps, scale, height, width)
+              for prompt, negative, seed, scale in zip(
+                  prompts, negative_prompts or [""] * len(prompts), seeds, guidance_scale,
+                  strict=True)]
+    return np.stack(images), np.zeros((len(prompts), height // 4, width // 4, 4), np.float32)
+
+  monkeypatch.setattr(generate, "text_to_image", text_to_image)
+  return batches
+
+
+def names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def lines(folder):
+  header, *rest = [json.loads(line) for line in
+                   (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+  return header, rest
+
+
+def assert_whole(folder, wanted=LIST):
+  """Each picture is there, the one that was asked for, and the manifest has it in its place."""
+  assert names(folder) == [f"{number:05d}.png" for number in range(len(wanted))] + [
+      "manifest.jsonl"]
+  header, rest = lines(folder)
+  assert header["pictures"] == len(wanted)
+  assert [line["file"] for line in rest] == names(folder)[:-1]
+  for line, one in zip(rest, wanted, strict=True):
+    assert line["seed"] == one.seed and line["line"] == one.line
+    with Image.open(folder / line["file"]) as picture:
+      np.testing.assert_array_equal(np.asarray(picture), expected(one))
+
+
+def test_few_shapes_and_every_picture_once(tiny_model):
+  sd = tiny_model[0]
+  batches = prompt_list.plan(sd, job(None), 4)
+  made = [number for batch in batches for number in dict.fromkeys(batch)]
+  assert sorted(made) == list(range(len(LIST)))
+  sizes = {}
+  for batch in batches:
+    (shape, _), = {((LIST[n].width, LIST[n].guidance_scale == 1), LIST[n].steps) for n in batch}
+    sizes.setdefault(shape, set()).add(len(batch))
+  # The last but one has 3 pictures of 4 steps and 2 of 6.
+  assert sizes == {(32, False): {4}, (48, False): {3}, (48, True): {4}}
+  # Alone on the list, a few pictures are not filled up.
+  assert prompt_list.plan(sd, job(None, LIST[:1]), 4) == [[0]]
+
+
+def test_prompts_of_other_lengths_do_not_share_a_batch(tiny_model):
+  sd = tiny_model[0]
+  long = "a red circle, " * 40
+  wanted = [ask(0), ask(1, prompt=long), ask(2, negative_prompt=long), ask(3)]
+  chunks = [sd.tokenize_long([one.prompt, one.negative_prompt], False)[0].shape[-1]
+            for one in wanted]
+  batches = prompt_list.plan(sd, job(None, wanted), 8)
+  assert chunks[0] < chunks[1] and [0, 3] in batches
+  # Where no negative prompt means zeros, it does so for a whole batch.
+  zeros = dataclasses.replace(sd, zeros_for_empty_prompt=True)
+  wanted = [ask(0), ask(1, negative_prompt="blurry"), ask(2)]
+  assert prompt_list.plan(sd, job(None, wanted), 8) == [[0, 1, 2]]
+  assert prompt_list.plan(zeros, job(None, wanted), 8) == [[0, 2], [1, 1]]
+
+
+def test_undisturbed(tiny_model, tmp_path, drawn):
+  kept = prompt_list.run(job(tmp_path / "out"), tiny_model[0], {}, batch_size=4)
+  assert kept == {}
+  assert_whole(tmp_path / "out")
+  count = len(drawn)
+  prompt_list.run(job(tmp_path / "out"), tiny_model[0], {}, batch_size=4)
+  assert len(drawn) == count  # nothing was left to do
+  with Image.open(tmp_path / "out" / "00005.png") as picture:
+    assert picture.text["parameters"] == (
+        "picture 5\nNegative prompt: blurry\n"
+        "Steps: 4, Sampler: PLMS, CFG scale: 1, Seed: 5, Size: 48x32, Model: sd15")
+    told = json.loads(picture.text["sdjax"])
+  assert (told["prompt"], told["seed"], told["fingerprint"]) == ("picture 5", 5, "0123")
+
+
+@pytest.mark.parametrize("shard_size", [None, 5])
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(
+    tiny_model, tmp_path, drawn, monkeypatch, shard_size):
+  sd, out = tiny_model[0], tmp_path / "out"
+  monkeypatch.setattr(prompt_list, "WRITERS", 1)
+  prompt_list.run(job(tmp_path / "whole", shard_size=shard_size), sd, {}, batch_size=4)
+  whole = {name: (tmp_path / "whole" / name).read_bytes() for name in names(tmp_path / "whole")}
+  written, life = [], 0                                # how many files may still move or go
+
+  def step():
+    nonlocal life
+    if life == 0:
+      raise Killed
+    life -= 1
+
+  def replace(source, target, move=os.replace):
+    step()
+    move(source, target)
+    written.append(target.name)
+
+  def unlink(path, missing_ok=False):
+    if path.name.startswith(".") and life == 0:
+      return                                           # `write_whole`, which a kill gives no time
+    step()
+    if not missing_ok or path.exists():
+      os.remove(path)
+
+  monkeypatch.setattr("sdjax.files.os.replace", replace)
+  monkeypatch.setattr(type(out), "unlink", unlink)
+  for starts in range(100):
+    life = 2 * starts                                  # each start lives longer than the one before
+    try:
+      prompt_list.run(job(out, shard_size=shard_size), sd, {}, batch_size=4)
+      break
+    except Killed:
+      pass
+  assert 4 < starts < 99
+  assert {name: (out / name).read_bytes() for name in names(out)} == whole
+  made = [name for name in written if name.endswith(".png")]
+  assert len(made) == len(set(made)) == len(LIST)
+
+
+def test_a_picture_that_was_removed_is_made_again(tiny_model, tmp_path, drawn):
+  out = tmp_path / "out"
+  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
+  before, drawn[:] = (out / "00003.png").read_bytes(), []
+  (out / "00003.png").unlink()
+  with open(out / "manifest.jsonl", "a") as file:
+    file.write('{"file": "000')                        # what a kill leaves of a line
+  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
+  assert len(drawn) == 1 and 3 in drawn[0]  # by the batch that it was made in before
+  assert (out / "00003.png").read_bytes() == before
+  assert_whole(out)
+
+
+@pytest.mark.parametrize("other, told", [
+    (dict(wanted=[*LIST[:-1], ask(22, prompt="another")]), "prompts"),
+    (dict(wanted=LIST[:-1]), "pictures, prompts"),
+    (dict(settings=dataclasses.replace(SETTINGS, fingerprint="4567")), "fingerprint"),
+    (dict(settings=dataclasses.replace(SETTINGS, sampler="ddim", clip_skip=1)),
+     "sampler, clip_skip"),
+    (dict(shard_size=10), "shard_size"),
+    (dict(restartable=False), "restartable"),
+])
+def test_another_job_is_refused(tiny_model, tmp_path, drawn, other, told):
+  out = tmp_path / "out"
+  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
+  before, drawn[:] = (out / "manifest.jsonl").read_bytes(), []
+  with pytest.raises(UserError, match=f"begun with other {told}; .*choose another --out"):
+    prompt_list.run(job(out, **other), tiny_model[0], {}, batch_size=4)
+  assert not drawn and (out / "manifest.jsonl").read_bytes() == before
+
+
+def test_foreign_folders_are_refused(tiny_model, tmp_path, drawn):
+  (tmp_path / "00003.png").write_bytes(b"somebody's")
+  with pytest.raises(UserError, match="no manifest.jsonl tells of"):
+    prompt_list.run(job(tmp_path), tiny_model[0], {}, batch_size=4)
+  for text in ("a list of cargo\n", '["a"]\n', "{}\n"):
+    (tmp_path / "manifest.jsonl").write_text(text)
+    for restartable in (True, False):
+      with pytest.raises(UserError, match="choose another --out"):
+        prompt_list.run(
+            job(tmp_path, restartable=restartable), tiny_model[0], {}, batch_size=4)
+  assert not drawn
+
+
+def test_a_job_of_flags_begins_anew(tiny_model, tmp_path, drawn):
+  run = lambda wanted: prompt_list.run(
+      job(tmp_path, wanted, restartable=False), tiny_model[0], {}, batch_size=4,
+      keep_latents=True)
+  assert {number: latent.shape for number, latent in run(LIST[:2]).items()} == {
+      0: (8, 8, 4), 1: (8, 12, 4)}
+  run(LIST[2:4])
+  assert_whole(tmp_path, LIST[2:4])
+  assert sum(map(len, drawn)) == 4
+
+
+def test_hosts_that_do_not_share_the_folder_are_told(tiny_model, tmp_path, drawn, monkeypatch):
+  save = prompt_list.pictures.save_png
+  monkeypatch.setattr(prompt_list.pictures, "save_png", lambda path, *rest: (
+      path.name == "00007.png" or save(path, *rest)))
+  with pytest.raises(UserError, match="1 pictures are not in .* 00007.png first; .* all hosts"):
+    prompt_list.run(job(tmp_path), tiny_model[0], {}, batch_size=4)
+
+
+def test_shards_hold_pictures_and_prompts(tiny_model, tmp_path, drawn):
+  prompt_list.run(job(tmp_path, shard_size=10), tiny_model[0], {}, batch_size=4)
+  assert names(tmp_path) == ["00000.tar", "00001.tar", "00002.tar", "manifest.jsonl"]
+  index = shards.build_index(str(tmp_path))
+  assert index.keys == tuple(f"{n // 10:05d}{n % 10:04d}" for n in range(len(LIST)))
+  assert not index.problems
+  for number, one in enumerate(LIST):
+    sample = index.read(number, ("png", "txt", "json"))
+    assert sample["txt"].decode() == one.prompt
+    assert json.loads(sample["json"])["seed"] == one.seed
+    (tmp_path / "read.png").write_bytes(sample["png"])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "read.png")), expected(one))
+  assert [line["file"] for line in lines(tmp_path)[1]][10] == "00001.tar:000010000.png"
+
+
+def test_the_fingerprint_is_that_of_the_model(tiny_model):
+  sd, params = tiny_model
+  here = prompt_list.fingerprint(sd, params)
+  assert here == prompt_list.fingerprint(sd, dict(reversed(params.items())))
+  kernel = params["unet"]["conv_in"]["kernel"]
+  moved = params | {"unet": params["unet"] | {"conv_in": params["unet"]["conv_in"] | {
+      "kernel": kernel * np.float32(1.0001)}}}
+  assert here != prompt_list.fingerprint(sd, moved)
+  other = dataclasses.replace(sd, scheduler_config={"_class_name": "DDIMScheduler"})
+  assert here != prompt_list.fingerprint(other, params)
