@@ -209,10 +209,8 @@ def _advance(sd: StableDiffusion, nets: tuple[control.Net, ...], params: Params,
         lambda x, t: predict(x, t, appended, weights), *scales, rescale=batch.rescale)
     x = state[0]
     f = network(x, jnp.broadcast_to(row["t"], x.shape[:1]))
-    # One row known to be active: a loop that the compiler sees through.
-    rows_of_one = {name: leaf[None] for name, leaf in row.items()} | {"active": np.ones(1, bool)}
-    state = sampling.advance(
-        rows_of_one, lambda *_: f, state,
+    state = sampling.step(
+        row, lambda *_: f, state,
         lambda index: image_noise(batch.words, STEPS, index, x.shape[1:]))
     if batch.known is not None:
       there = after[0] * batch.known.latents + after[1] * batch.known.noise

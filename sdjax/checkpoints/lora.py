@@ -181,7 +181,7 @@ def _factors(parts: Mapping[str, np.ndarray], kernel: tuple[int, ...]) -> Factor
   arrays = {}
   for part, shape in expected.items():
     if part in parts:
-      if _plain(parts[part].shape) != _plain(shape):
+      if names.plain_shape(parts[part].shape) != names.plain_shape(shape):
         return None
       arrays[part] = parts[part].reshape(shape)
 
@@ -194,10 +194,6 @@ def _factors(parts: Mapping[str, np.ndarray], kernel: tuple[int, ...]) -> Factor
     arrays["dora_scale"] = scale.reshape(shape)
   alpha = parts.get("alpha", np.asarray(r[0]))
   return Factors(**arrays, alpha=float(alpha.reshape(()))) if alpha.size == 1 else None
-
-
-def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-  return shape[:2] if set(shape[2:]) == {1} else shape
 
 
 def _alphas(file: Path) -> Callable[[str, int], float]:

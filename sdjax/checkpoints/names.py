@@ -92,3 +92,8 @@ def array_to_torch(path: str, array: np.ndarray) -> np.ndarray:
 def shape_to_torch(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Returns the shape that `array_to_torch` gives an array of `shape`."""
   return tuple(shape[axis] for axis in np.argsort(_axes(path, len(shape))))
+
+
+def plain_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns PyTorch's shape, alike for a matrix and a 1 × 1 convolution of the same numbers."""
+  return shape[:2] if shape[2:] == (1, 1) else shape

@@ -55,7 +55,8 @@ def read(
   if not allow_unused:
     complain(where, "has unknown", tensors.keys() - groups.keys())
   complain(where, "has, of another shape than its configuration says,", [
-      name for name in groups if _flat(tensors[name].shape) != _flat(stored[name])])
+      name for name in groups
+      if names.plain_shape(tensors[name].shape) != names.plain_shape(stored[name])])
   complain(where, "has, of a dtype other than floats of 16 to 64 bits,", [
       name for name in groups if tensors[name].dtype not in FLOATS])
 
@@ -116,8 +117,3 @@ def _file_shape(name: str, parts: list[tuple[str, tuple[int, ...]]]) -> tuple[in
   first, *rest = _layer_shape(name, *parts[0])
   ones = (1, 1) if EXPANDED.search(name) else ()
   return (first * len(parts), *rest, *ones)
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Matrices and 1 × 1 convolutions are the same numbers in the same order."""
-  return shape[:2] if shape[2:] == (1, 1) else shape
