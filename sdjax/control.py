@@ -130,8 +130,7 @@ def steered(
         residual_sum = _add(residual_sum, _weighted(more, net, weights[i]))
     if appended is not None:
       x = jnp.concatenate([x, appended], axis=-1)
-    return sd.unet.apply({"params": params["unet"]}, x, t, condition,
-                         residuals=residual_sum, features=feature_sum)
+    return sd.predict(params, x, t, condition, residuals=residual_sum, features=feature_sum)
   return predict
 
 

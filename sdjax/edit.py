@@ -48,7 +48,7 @@ def image_to_image(
   """
   generate.check_channels(sd, 0, False, "starting from an image")
   request, skip = _edit(sd, prompts, images, strength, options)
-  latents = generate.encode(sd, params, images, request.batch_size)
+  latents = generate.encode(sd, params, request, images)
   return generate.make(sd, params, request, Task(start=latents, skip=skip))
 
 
@@ -92,10 +92,10 @@ def inpaint(
   small = np.ascontiguousarray(mask[:, ::f, ::f])
   start = None
   if skip or not reads_mask:
-    start = generate.encode(sd, params, images, request.batch_size)
+    start = generate.encode(sd, params, request, images)
   if not reads_mask:
     return generate.make(sd, params, request, Task(start=start, skip=skip, mask=small))
-  masked = generate.encode(sd, params, images * (1 - mask), request.batch_size)
+  masked = generate.encode(sd, params, request, images * (1 - mask))
   read = np.concatenate([small, masked], axis=-1)
   return generate.make(sd, params, request, Task(start=start, skip=skip, appended=(read, read)))
 
@@ -127,7 +127,7 @@ def instruct_pix2pix(
   if not 0 <= image_scale < np.inf:
     raise UserError(f"image_scale is {image_scale}; it must not be negative (1 is off)")
   request, _ = _edit(sd, prompts, images, 1.0, options)
-  scaled = generate.encode(sd, params, images, request.batch_size)
+  scaled = generate.encode(sd, params, request, images)
   # This model was trained on the latents as the autoencoder makes them.
   read = scaled / np.float32(sd.vae.scaling_factor) + np.float32(sd.vae.shift_factor)
   return generate.make(sd, params, request, Task(
@@ -261,9 +261,9 @@ def hires_fix(
   if enlarge == "latents":
     start = _resize(latents, shape[:2], "bilinear")
   else:
-    small = generate.decode(sd, params, latents, first.batch_size)
+    small = generate.decode(sd, params, first, latents)
     start = generate.encode(
-        sd, params, _resize(small, (height, width), "lanczos3"), second.batch_size)
+        sd, params, second, _resize(small, (height, width), "lanczos3"))
   return generate.make(sd, params, second, Task(
       start=start, skip=skip, stream=denoise.SECOND))
 

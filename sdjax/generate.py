@@ -7,6 +7,7 @@ what it adds; here is the plain one, from text alone, and `edit` has the others.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import control, denoise
+from sdjax import control, denoise, pytrees
 from sdjax.denoise import BATCH_AXES, replicate, shard_batch
 from sdjax.diffusion import guidance, solvers, tables
 from sdjax.errors import UserError
@@ -40,10 +41,15 @@ class Request:
     guidance_rescale: how far guidance keeps the deviation of the network's output, 0 … 1, see
       `guidance.classifier_free`; 0.7 is usual with zero terminal SNR.
     guidance_interval: variance-exploding noise levels (low, high] that are guided; None: all.
+    pag_scale: of perturbed-attention guidance, see `guidance.with_perturbed`, which takes one pass
+      more; 0 is off, 3 is usual.
+    pag_layers: what it perturbs, a regex as `perturbed_attention` takes it.
     sizes: what SDXL is told, [n size_numbers], see `StableDiffusion.default_sizes`, which is the
       default.
     negative_sizes: likewise beside the negative prompts; by default `sizes`, where they are given.
     controls: ControlNets and T2I-Adapters, whose effects add up.
+    tile: side in latents of the pieces that the autoencoder takes larger pictures in, see
+      `StableDiffusion.moments`; 64 is usual. None: whole ones.
     every_rows: `watch` is told of each batch after so many network evaluations, and what it raises
       ends everything; None: never.
     watch: see above.
@@ -62,9 +68,12 @@ class Request:
   clip_skip: int = 0
   guidance_rescale: float = 0.0
   guidance_interval: tuple[float, float] | None = None
+  pag_scale: float = 0.0
+  pag_layers: str = "mid_block"
   sizes: np.ndarray | None = None
   negative_sizes: np.ndarray | None = None
   controls: Sequence[control.Control] = ()
+  tile: int | None = None
   every_rows: int | None = None
   watch: Callable[[denoise.Progress], None] = lambda progress: None
   batch_size: int = 16
@@ -102,14 +111,15 @@ def _encode_text(sd: StableDiffusion, params: Params, tokens: jax.Array,
   return sd.encode_text(params, *jax.tree.map(shard_batch, (tokens, size, weights)), skip)
 
 
-@functools.partial(jax.jit, static_argnames="sd")
-def _decode(sd: StableDiffusion, params: Params, latents: jax.Array) -> jax.Array:
-  return replicate(jnp.clip(sd.decode_latents(params, shard_batch(latents)), -1.0, 1.0))
+@functools.partial(jax.jit, static_argnames=("sd", "tile"))
+def _decode(sd: StableDiffusion, params: Params, latents: jax.Array, tile: int | None) -> jax.Array:
+  return replicate(jnp.clip(sd.decode_latents(params, shard_batch(latents), tile), -1.0, 1.0))
 
 
-@functools.partial(jax.jit, static_argnames="sd")
-def _encode_image(sd: StableDiffusion, params: Params, image: jax.Array) -> jax.Array:
-  return replicate(sd.encode_image(params, shard_batch(image), None))
+@functools.partial(jax.jit, static_argnames=("sd", "tile"))
+def _encode_image(sd: StableDiffusion, params: Params, image: jax.Array,
+                  tile: int | None) -> jax.Array:
+  return replicate(sd.encode_image(params, shard_batch(image), None, tile))
 
 
 @functools.partial(jax.jit, static_argnames="sd")
@@ -131,12 +141,7 @@ def sampler_table(sd: StableDiffusion, sampler: str | None, steps: int, skip: in
   skip = skip if skip < steps else 0
   if sampler is None:
     return solvers.from_config(sd.scheduler_config, steps, start=skip)
-  table = solvers.named(sampler, sd.schedule, sd.prediction_type, steps)
-  if not skip:
-    return table
-  # Samplers by name go from each timestep to the next: those that are left are a path, too.
-  left = table.t[::rows_per_step(table, steps)][skip:]
-  return solvers.named(sampler, sd.schedule, sd.prediction_type, len(left), timesteps=left)
+  return solvers.named(sampler, sd.schedule, sd.prediction_type, steps, start=skip)
 
 
 def rows_per_step(table: tables.Table, steps: int) -> int:
@@ -154,15 +159,19 @@ def rows_per_step(table: tables.Table, steps: int) -> int:
   return 1
 
 
-def check_request(sd: StableDiffusion, request: Request, skip: int = 0) -> None:
-  """Raises UserError unless a request whose first `skip` steps are left out is in range."""
+def check_request(sd: StableDiffusion, request: Request, skip: int = 0) -> tables.Table:
+  """Returns the table of a request whose first `skip` steps are left out.
+
+  Raises:
+    UserError: for any field out of range.
+  """
   n = len(request.prompts)
   if n == 0:
     raise UserError("no prompts were given; give at least one")
   shape = sd.latent_shape(request.height, request.width)
   check_latents(request.init_latents, (n, *shape))
   denoise.seed_words(request.seeds)
-  sampler_table(sd, request.sampler, request.steps, skip)
+  table = sampler_table(sd, request.sampler, request.steps, skip)
   scales = np.atleast_1d(request.guidance_scale)
   if not (scales >= 0).all() or not np.isfinite(scales).all():
     raise UserError(f"guidance_scale is {request.guidance_scale}; it must not be negative "
@@ -176,9 +185,10 @@ def check_request(sd: StableDiffusion, request: Request, skip: int = 0) -> None:
     raise UserError(f"guidance_rescale is {request.guidance_rescale}; it must lie between 0 and 1")
   if (interval := request.guidance_interval) is not None and not interval[0] <= interval[1]:
     raise UserError(f"guidance_interval is {interval}, falling; give the lower noise level first")
-  for name in ("every_rows", "batch_size"):
-    if (value := getattr(request, name)) is not None and value < 1:
-      raise UserError(f"{name} is {value}; it must be at least 1")
+  _check_pag(sd, request.pag_scale, request.pag_layers)
+  for name, least in (("every_rows", 1), ("batch_size", 1), ("tile", 8)):
+    if (value := getattr(request, name)) is not None and value < least:
+      raise UserError(f"{name} is {value}; it must be at least {least}")
   layers = min(text.layers for text in sd.text_encoders) - sd.is_xl
   if not 0 <= request.clip_skip < layers:
     raise UserError(f"clip_skip is {request.clip_skip}; this model can skip 0 to {layers - 1} "
@@ -190,6 +200,19 @@ def check_request(sd: StableDiffusion, request: Request, skip: int = 0) -> None:
                       + (f"[{n}, {sd.size_numbers}]" if sd.is_xl else "none: leave them out"))
   for one in request.controls:
     control.check(one, sd, n, request.height, request.width)
+  return table
+
+
+def _check_pag(sd: StableDiffusion, scale: float, layers: str) -> None:
+  if not 0 <= scale < np.inf:
+    raise UserError(f"pag_scale is {scale}; it must not be negative (0 is off)")
+  if not scale:
+    return
+  attentions = sorted({path.partition("/attn1/")[0] for path in pytrees.flatten(
+      sd.param_shapes()["unet"]) if "/attn1/" in path})
+  if not any(re.search(layers, path) for path in attentions):
+    raise UserError(f"pag_layers is {layers!r}, which matches none of this model's self-attentions "
+                    f"{', '.join(attentions)}")
 
 
 def check_channels(sd: StableDiffusion, extra: int, labels: bool, purpose: str) -> None:
@@ -248,19 +271,20 @@ def make(sd: StableDiffusion, params: Params, request: Request, task: Task,
          ) -> tuple[np.ndarray, np.ndarray]:
   """Returns images and final latents as `text_to_image` does, of any task."""
   latents = make_latents(sd, params, request, task)
-  return decode(sd, params, latents, request.batch_size), latents
+  return decode(sd, params, request, latents), latents
 
 
 def make_latents(sd: StableDiffusion, params: Params, request: Request, task: Task) -> np.ndarray:
   """Returns the latents [n h w c] after the last row of the task. Checks all but channels."""
-  check_request(sd, request, task.skip)
+  table = check_request(sd, request, task.skip)
   n, shape = len(request.prompts), sd.latent_shape(request.height, request.width)
-  table = sampler_table(sd, request.sampler, request.steps, task.skip)
   words = denoise.seed_words(request.seeds)
   given = check_latents(request.init_latents, (n, *shape))
   end = len(table.t) if task.end is None else task.end
   end = end if task.skip < request.steps else 0
   rows = _rows(sd, request, task, table)
+  if request.pag_scale:
+    sd = dataclasses.replace(sd, unet=sd.unet.clone(perturbed_layers=request.pag_layers))
 
   made = []
   for index in batches(n, request.batch_size):
@@ -281,16 +305,25 @@ def _report(request: Request, index: np.ndarray, rows: int, row: int,
 
 def _rows(sd: StableDiffusion, request: Request, task: Task, table: tables.Table) -> denoise.Rows:
   """Returns what changes from row to row, for all n images: scales are [rows g-1 n]."""
-  n = len(request.prompts)
-  scales = [] if sd.unet.guidance_dim is not None else [request.guidance_scale]
-  scales += [] if task.image_scale is None else [task.image_scale]
-  scales = np.array([np.broadcast_to(scale, n) for scale in scales]).reshape(1, -1, n)
-  scales = np.repeat(scales, len(table.t), axis=0)
+  scales = _scales(sd, request, task)
+  if request.pag_scale:
+    scales = guidance.with_perturbed(scales, request.pag_scale)
+  scales = np.repeat(scales[None], len(table.t), axis=0)
   if request.guidance_interval is not None:
     with np.errstate(divide="ignore"):
       scales = guidance.in_interval(scales, table.s / table.a, request.guidance_interval)
   weights = control.weights(request.controls, len(table.t))
   return denoise.Rows(table.rows(), denoise.levels(table), scales, weights)
+
+
+def _scales(sd: StableDiffusion, request: Request, task: Task) -> np.ndarray:  # [g-1 n]
+  """Returns the scales of guidance towards what the g passes are told, one after another."""
+  n = len(request.prompts)
+  told = [] if task.image_scale is None else [task.image_scale]
+  # A distilled network reads the scale, in one pass.
+  if sd.unet.guidance_dim is None and (told or np.any(np.not_equal(request.guidance_scale, 1))):
+    told.insert(0, request.guidance_scale)
+  return np.array([np.broadcast_to(scale, n) for scale in told], np.float64).reshape(-1, n)
 
 
 def _start(task: Task, table: tables.Table, end: int, index: np.ndarray, noise: np.ndarray,
@@ -309,19 +342,22 @@ def _batch(sd: StableDiffusion, params: Params, request: Request, task: Task, in
            words: np.ndarray, noise: np.ndarray) -> denoise.Batch:
   """Returns what the images `index` are denoised under."""
   n = len(index)
-  scale = np.broadcast_to(np.float32(request.guidance_scale), len(request.prompts))[index]
   conditions = _conditions(sd, params, request, index)
-  if sd.unet.guidance_dim is not None:  # distilled: it reads the scale, in one pass
-    conditions = (conditions[0]._replace(guidance=scale),)
-  elif task.image_scale is not None:
-    conditions += conditions[1:]        # the text goes first, then the picture
+  conditions += conditions[1:]  # where there is a third pass: the text goes first, then the picture
+  conditions = conditions[:1 + len(_scales(sd, request, task))]
+  if sd.unet.guidance_dim is not None:
+    scale = np.broadcast_to(np.float32(request.guidance_scale), len(request.prompts))[index]
+    conditions = tuple(condition._replace(guidance=scale) for condition in conditions)
   if task.label is not None:
     label = np.full(n, task.label, np.int32)
     conditions = tuple(condition._replace(label=label) for condition in conditions)
+  appended = task.appended and tuple(part[index] for part in task.appended[:len(conditions)])
+  if request.pag_scale:
+    conditions = tuple(condition._replace(perturbed=np.full(n, number == 1))
+                       for number, condition in enumerate((conditions[0], *conditions)))
+    appended = appended and (appended[0], *appended)
   return denoise.Batch(
-      words=words, conditions=conditions,
-      appended=task.appended and tuple(
-          part[index] for part in task.appended[:len(conditions)]),
+      words=words, conditions=conditions, appended=appended,
       known=None if task.mask is None else denoise.Known(
           task.start[index], noise, task.mask[index]),
       rescale=np.full(n, request.guidance_rescale, np.float32)
@@ -347,16 +383,18 @@ def _conditions(sd: StableDiffusion, params: Params, request: Request, index: np
   return wanted, unwanted
 
 
-def encode(sd: StableDiffusion, params: Params, images: np.ndarray, batch_size: int) -> np.ndarray:
+def encode(sd: StableDiffusion, params: Params, request: Request, images: np.ndarray,
+           ) -> np.ndarray:
   """Returns the scaled latents [n h w c] of images [n H W 3] in [-1, 1], without noise."""
-  return np.concatenate([np.asarray(_encode_image(sd, params, images[index]))
-                         for index in batches(len(images), batch_size)])[:len(images)]
+  return np.concatenate([np.asarray(_encode_image(sd, params, images[index], request.tile))
+                         for index in batches(len(images), request.batch_size)])[:len(images)]
 
 
-def decode(sd: StableDiffusion, params: Params, latents: np.ndarray, batch_size: int) -> np.ndarray:
+def decode(sd: StableDiffusion, params: Params, request: Request, latents: np.ndarray,
+           ) -> np.ndarray:
   """Returns images [n H W 3] in [-1, 1] of scaled latents [n h w c]."""
-  return np.concatenate([np.asarray(_decode(sd, params, latents[index]))
-                         for index in batches(len(latents), batch_size)])[:len(latents)]
+  return np.concatenate([np.asarray(_decode(sd, params, latents[index], request.tile))
+                         for index in batches(len(latents), request.batch_size)])[:len(latents)]
 
 
 def batches(n: int, batch_size: int) -> list[np.ndarray]:

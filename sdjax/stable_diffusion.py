@@ -7,6 +7,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -165,11 +166,14 @@ class StableDiffusion:
       t: jax.Array,            # [b] float
       condition: Condition,
       *,
+      residuals: Sequence[jax.Array] = (),
+      features: Sequence[jax.Array] = (),
       train: bool = False,
       rngs: dict[str, jax.Array] | None = None,
   ) -> jax.Array:              # [b h w c]
-    """Returns the network's raw output, of `prediction_type`."""
-    return self.unet.apply({"params": params["unet"]}, x_t, t, condition, train=train, rngs=rngs)
+    """Returns the network's raw output, of `prediction_type`; all see `UNet.__call__`."""
+    return self.unet.apply({"params": params["unet"]}, x_t, t, condition, residuals=residuals,
+                           features=features, train=train, rngs=rngs)
 
   def moments(self, params: Params, image: jax.Array, tile: int | None = None) -> jax.Array:
     """Returns mean and log variance of the latents, unscaled: [b H W 3] -> [b h w 2c].
@@ -190,9 +194,10 @@ class StableDiffusion:
       mean = mean + deviation * jax.random.normal(key, mean.shape)
     return (mean - self.vae.shift_factor) * self.vae.scaling_factor
 
-  def encode_image(self, params: Params, image: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Returns scaled latents [b h w c] of images [b H W 3] in [-1, 1]; key None: the mean."""
-    return self.latents(self.moments(params, image), key)
+  def encode_image(self, params: Params, image: jax.Array, key: jax.Array | None,
+                   tile: int | None = None) -> jax.Array:
+    """Returns scaled latents [b h w c] of images [b H W 3] in [-1, 1]; see `moments`, `latents`."""
+    return self.latents(self.moments(params, image, tile), key)
 
   def decode_latents(self, params: Params, latents: jax.Array,
                      tile: int | None = None) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Gaussian:
         read, axis=-1, keepdims=True)
     return mean if condition.label is None else mean + 0.01 * condition.label[:, None, None, None]
 
-  def apply(self, variables, x, t, condition, residuals=(), features=()):
+  def apply(self, variables, x, t, condition, *, residuals=(), features=(), train, rngs):
     table = schedules.alphas_bar(SCHEDULE)
     alpha_bar = jnp.interp(t, jnp.arange(len(table)), jnp.asarray(table, jnp.float32))
     a, s = jnp.sqrt(alpha_bar)[:, None, None, None], jnp.sqrt(1 - alpha_bar)[:, None, None, None]
@@ -70,6 +70,16 @@ class Pixels:
     b, height, width, c = x.shape
     mean = x.reshape(b, height // 4, 4, width // 4, 4, c).mean(axis=(2, 4))
     return jnp.pad(mean, ((0, 0), (0, 0), (0, 0), (0, 5)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(Pixels):
+  """Also tells the heights of what it is given."""
+  heights: ClassVar[list[int]] = []
+
+  def apply(self, variables, x, method):
+    self.heights.append(x.shape[1])
+    return super().apply(variables, x, method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,8 +367,9 @@ EDITS: dict[str, Any] = {
     ("image", {}, dict(images=pictures() * np.nan), "NaN"),
     ("image", {}, dict(images=pictures()[:, :-1]), "height is 15 px"),
     ("image", {}, dict(sampler="euler_zeta"), "'euler_zeta'"),
-    ("image", {}, dict(sampler="pndm"), "asks 14 times in 5 steps"),
+    ("image", {}, dict(sampler="pndm"), "begins with 4 steps.*2 are asked for or left"),
     ("image", {}, dict(steps=0, sampler="ddim"), "steps is 0"),
+    ("image", {}, dict(tile=7), "tile is 7; it must be at least 8"),
     ("image", {}, dict(seeds=[1, -1]), "seed is -1"),
     ("image", {}, dict(init_latents=np.full((2, 4, 6, 4), np.nan)), "NaN"),
     ("image", dict(in_channels=9), {}, "reads 9 channels.*takes a model that reads 4"),
@@ -377,6 +388,23 @@ def test_bad_edits_say_what_is_wrong_before_any_work(model, name, fields, change
     edit_images(sd, {}, PROMPTS, **dict(images=pictures()) | asked | ASK | changes)
 
 
+def test_large_pictures_go_through_the_autoencoder_in_tiles(model):
+  sd, params = model()
+  whole = edit.image_to_image(sd, params, PROMPTS, pictures(40, 24), strength=0.5, **ASK)
+  sd = dataclasses.replace(sd, vae=Recorder())
+  tiled = edit.image_to_image(sd, params, PROMPTS, pictures(40, 24), strength=0.5, tile=8, **ASK)
+  for one, other in zip(whole, tiled, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+  assert set(Recorder.heights) == {32, 8}  # of pictures, then of latents
+
+
+def test_perturbed_layers_must_exist(tiny_model):
+  for changes, message in ((dict(pag_scale=-1), "pag_scale is -1"),
+                           (dict(pag_scale=3, pag_layers="mid"), "'mid', which.*up_blocks_0/att")):
+    with pytest.raises(UserError, match=message):
+      text_to_image(tiny_model, **changes)
+
+
 @pytest.mark.parametrize("given, message", [
     (control.Control(NET, None, hints()[:, :8]), r"\[2, 8, 24, 3\].*\[2, 16, 24, 3\]"),
     (control.Control(NET, None, 2 * hints()), r"outside \[0, 1\]"),
@@ -391,6 +419,7 @@ def test_bad_controls_say_what_is_wrong(model, given, message):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(handoff=1.5), "handoff is 1.5"),
+    (dict(handoff=0.5, sampler="pndm"), "asks 14 times in 5 steps"),
     (dict(strength=0.5, enlarge="pixel", first_height=8, first_width=8), "'pixel'; choose"),
     (dict(strength=2, first_height=8, first_width=8), "strength is 2"),
 ])

@@ -8,6 +8,10 @@ a picture). F_0 has all of them, F_p none:
 Rescaled such that its deviation is that of F_0 (Lin et al. 2023, https://arxiv.org/abs/2305.08891,
 eq. 15 and 16):
   F' = F · (rescale · std(F_0) / std(F) + 1 - rescale)                                      (2)
+Perturbed-attention guidance (Ahn et al. 2024, https://arxiv.org/abs/2403.17377, eq. 15) adds to (1)
+the way from F_P, what the network makes of the same condition with its attention perturbed, to F_0:
+  F = F_p + scale · (F_0 - F_p) + perturbed_scale · (F_0 - F_P)                             (3)
+which is (1) again, with F_P between F_0 and F_p.
 """
 
 from collections.abc import Callable
@@ -54,6 +58,15 @@ def classifier_free(
       f = f * (factor * ratio + 1 - factor)
     return f
   return guided if scales else network
+
+
+def with_perturbed(
+    scales: np.ndarray,                # [g n] of equation (1)
+    perturbed_scale: float,
+) -> np.ndarray:                       # [g+1 n]
+  """Returns the scales of equation (1) that make it (3), F_P being the second of g + 2 passes."""
+  first = scales[:1] if len(scales) else np.ones((1, scales.shape[1]))
+  return np.concatenate([first + perturbed_scale, scales])
 
 
 def in_interval(

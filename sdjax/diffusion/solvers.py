@@ -148,7 +148,8 @@ def strided(path: Path, output: Output, *, runge_kutta: bool) -> Iterator[Row]:
   if not runge_kutta:
     return rules.linear_multistep([*t[:2], *t[1:]], stride, node_at, output)
   if count < 4:
-    raise UserError(f"steps is {count}; PNDM's Runge-Kutta start needs at least 4, or choose plms")
+    raise UserError(f"PNDM begins with 4 steps of Runge-Kutta, and {count} are asked for or left; "
+                    "choose plms")
   return rules.pndm(t, stride, node_at, output)
 
 

@@ -31,6 +31,7 @@ from sdjax.models.layers import (
   layer_norm,
   multi_head_attention,
 )
+from sdjax.models.perturbed_attention import perturbed_attention
 
 
 def sinusoids(
@@ -240,12 +241,15 @@ class Condition(NamedTuple):
     size: [b n], numbers embedded one by one (SDXL: sizes and crop in px, or a score).
     label: int32 [b], a class, or the upscaler's noise level.
     guidance: [b], the guidance scale that a distilled network imitates (LCM).
+    perturbed: bool [b], the images whose pixels look at themselves alone (PAG), see
+      `UNet.perturbed_layers`.
   """
   context: jax.Array | None = None
   pooled: jax.Array | None = None
   size: jax.Array | None = None
   label: jax.Array | None = None
   guidance: jax.Array | None = None
+  perturbed: jax.Array | None = None
 
 
 NO_CONDITION = Condition()
@@ -385,9 +389,11 @@ class UNet(Encoder):
     out_channels: of the result.
     sample_size: side of the latents trained on, and what is drawn where no size is asked for;
       nothing in here depends on it.
+    perturbed_layers: where `Condition.perturbed` acts, see `perturbed_attention`.
   """
   out_channels: int = 4
   sample_size: int = 64
+  perturbed_layers: str = "mid_block"
 
   @nn.compact
   def __call__(
@@ -410,16 +416,20 @@ class UNet(Encoder):
     """
     time = self.embed(t, condition)
     x = conv3x3(self.block_out_channels[0], self.dtype, "conv_in")(x)
-    x, skips = self.descend(x, time, condition.context, train, features)
-    if residuals:
-      skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
-      x = x + residuals[-1]
+    with perturbed_attention(self.perturbed_layers, condition.perturbed):
+      x, skips = self.descend(x, time, condition.context, train, features)
+      if residuals:
+        skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+        x = x + residuals[-1]
+      x = self.ascend(x, skips, time, condition.context, train)
+    x = nn.silu(group_norm(self.norm_groups, self.norm_epsilon, "conv_norm_out")(x))
+    return conv3x3(self.out_channels, self.dtype, "conv_out")(x).astype(jnp.float32)
 
+  def ascend(self, x, skips, time, context, train):  # -> x
+    """Runs the way up."""
     layers, levels = self.layers_per_block + 1, len(self.block_out_channels)
     for i in range(levels):
       x = UpBlock(**self.level(levels - 1 - i, train), layers=layers, last=i == levels - 1,
-                  dtype=self.dtype, name=f"up_blocks_{i}")(x, skips, time, condition.context)
+                  dtype=self.dtype, name=f"up_blocks_{i}")(x, skips, time, context)
       skips = skips[:-layers]
-
-    x = nn.silu(group_norm(self.norm_groups, self.norm_epsilon, "conv_norm_out")(x))
-    return conv3x3(self.out_channels, self.dtype, "conv_out")(x).astype(jnp.float32)
+    return x

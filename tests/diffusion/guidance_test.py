@@ -34,6 +34,20 @@ def test_several_conditions_are_dropped_one_after_another():
     np.testing.assert_array_equal(given, back)
 
 
+def test_perturbed_attention_guidance_is_its_papers_equation():
+  outputs = np.random.default_rng(2).standard_normal((3, 2, 2, 2, 1)).astype(np.float32)
+  x, t = jnp.zeros((2, 2, 2, 1)), jnp.zeros(2)
+  text, perturbed, none = outputs
+  scales = guidance.with_perturbed(np.array([[7.0, 2.0]]), 3.0)
+  guided = guidance.classifier_free(lambda x, t: guidance.interleave(*outputs), *scales)(x, t)
+  scale = np.array([7.0, 2.0]).reshape(2, 1, 1, 1)
+  np.testing.assert_allclose(
+      guided, none + scale * (text - none) + 3 * (text - perturbed), rtol=1e-5, atol=1e-5)
+  scales = guidance.with_perturbed(np.zeros((0, 2)), 3.0)
+  guided = guidance.classifier_free(lambda x, t: guidance.interleave(*outputs[:2]), *scales)(x, t)
+  np.testing.assert_allclose(guided, text + 3 * (text - perturbed), rtol=1e-5, atol=1e-5)
+
+
 def test_rescaling_gives_the_deviation_of_the_conditional_output_back():
   outputs = np.random.default_rng(1).standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
   network = lambda x, t: guidance.interleave(*outputs)

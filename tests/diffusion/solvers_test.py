@@ -323,7 +323,7 @@ def test_bad_requests_are_user_errors():
       "'eta'.*heun.*spacing": lambda: named("heun", steps=5, eta=1),
       "spacing 'even'.*karras": lambda: named("heun", steps=5, spacing="even"),
       "whole timesteps": lambda: named("plms", steps=7, spacing="karras"),
-      "steps is 3.*plms": lambda: named("pndm", steps=3),
+      "3 are asked for.*plms": lambda: named("pndm", steps=3),
       "sigmas are.*fall": lambda: named("euler", steps=2, sigmas=[1.0, 2.0]),
       "3 for 2 steps": lambda: named("euler", steps=2, timesteps=[900, 500, 100]),
       "both given": lambda: named("euler", steps=1, timesteps=[900], sigmas=[1.0]),

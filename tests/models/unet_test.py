@@ -98,3 +98,16 @@ def test_bfloat16_computes_nearly_the_same(flat):
   assert rough.dtype == jnp.float32
   error = jnp.abs(exact - rough).max() / jnp.abs(exact).max()
   assert 1e-5 < error < 3e-2  # not float32 after all, and not broken
+
+
+def test_perturbed_attention_returns_the_values_of_marked_images_only(flat):
+  unet, params, (x, t, condition) = flat
+  marked = condition._replace(perturbed=jnp.array([True, False]))
+  outputs = {layers: jax.jit(unet.clone(perturbed_layers=layers).apply)(
+      {"params": params}, x, t, marked) for layers in ("down_blocks", "nowhere", "")}
+  plain = jax.jit(unet.apply)({"params": params}, x, t, condition)
+  np.testing.assert_array_equal(outputs["nowhere"], plain)
+  for layers in ("down_blocks", ""):
+    np.testing.assert_allclose(outputs[layers][1], plain[1], atol=1e-6)
+    assert np.abs(outputs[layers][0] - plain[0]).max() > 1e-3
+  assert np.abs(outputs[""][0] - outputs["down_blocks"][0]).max() > 1e-3
