@@ -121,24 +121,31 @@ def steered(
         more = [weights[i] * y.repeat(passes, axis=0) for y in next(adapters)]
         feature_sum = _add(feature_sum, more)
       elif net.conditional_only:
-        more = net.module.apply({"params": p}, guidance.separate(x, passes)[0],
-                                guidance.separate(t, passes)[0], conditions[0], hint)
+        more = _residuals(net, p, weights[i], guidance.separate(x, passes)[0],
+                          guidance.separate(t, passes)[0], conditions[0], hint)
         more = [guidance.interleave(y, *[0 * y] * (passes - 1)) for y in more]
-        residual_sum = _add(residual_sum, _weighted(more, net, weights[i]))
+        residual_sum = _add(residual_sum, more)
       else:
-        more = net.module.apply({"params": p}, x, t, condition, hint.repeat(passes, axis=0))
-        residual_sum = _add(residual_sum, _weighted(more, net, weights[i]))
+        more = _residuals(net, p, weights[i], x, t, condition, hint.repeat(passes, axis=0))
+        residual_sum = _add(residual_sum, more)
     if appended is not None:
       x = jnp.concatenate([x, appended], axis=-1)
     return sd.predict(params, x, t, condition, residuals=residual_sum, features=feature_sum)
   return predict
 
 
-def _weighted(residuals: Sequence[jax.Array], net: Net, weight: jax.Array) -> list[jax.Array]:
-  fall = np.ones(len(residuals), np.float32)
-  if net.conditional_only and not net.module.pool:
-    fall = np.logspace(-1, 0, len(residuals), dtype=np.float32)  # guess mode: a tenth of the first
-  return [weight * factor * y for factor, y in zip(fall, residuals)]
+def _residuals(net: Net, params: Any, weight: jax.Array, *args) -> list[jax.Array]:
+  """Returns what a ControlNet adds, times `weight`; where that is 0, the network does not run."""
+  def run():
+    residuals = net.module.apply({"params": params}, *args)
+    fall = np.ones(len(residuals), np.float32)
+    if net.conditional_only and not net.module.pool:
+      fall = np.logspace(-1, 0, len(residuals), dtype=np.float32)  # guess mode: first a tenth
+    return [weight * factor * y for factor, y in zip(fall, residuals)]
+
+  nothing = jax.eval_shape(run)
+  return jax.lax.cond(
+      weight != 0, run, lambda: [jnp.zeros(y.shape, y.dtype) for y in nothing])
 
 
 def _add(sums: Sequence[jax.Array], more: Sequence[jax.Array]) -> list[jax.Array]:
