@@ -6,6 +6,7 @@ steps, and 0 elsewhere.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,9 @@ def check(control: Control, sd: StableDiffusion, n: int, height: int, width: int
   if not (np.isfinite(hint).all() and hint.min() >= 0 and hint.max() <= 1):
     raise UserError(f"the pictures of a {type(module).__name__} hold values outside [0, 1] or NaN; "
                     "divide 8-bit ones by 255")
+  if not np.isfinite(control.scale):
+    raise UserError(f"the scale of a {type(module).__name__} is {control.scale}; 1 is as trained, "
+                    "0 is off")
   if not 0 <= control.start <= control.end <= 1:
     raise UserError(f"a control acts from {control.start} to {control.end} of the steps; it must "
                     "be 0 <= start <= end <= 1")
@@ -67,10 +71,14 @@ def check(control: Control, sd: StableDiffusion, n: int, height: int, width: int
     if height % module.downscale_factor or width % module.downscale_factor:
       raise UserError(f"{height} × {width} px are no multiples of {module.downscale_factor}, as "
                       "this T2IAdapter needs; choose another size")
-  elif (module.block_out_channels, module.cross_attention_dim) != (
-      sd.unet.block_out_channels, sd.unet.cross_attention_dim):
-    raise UserError("this ControlNet is for a UNet of other widths; use one that was trained for "
-                    "this family of models")
+    # SDXL's have one level more than its UNet.
+    widths = all(map(operator.eq, module.channels, sd.unet.block_out_channels))
+  else:
+    widths = (module.block_out_channels, module.cross_attention_dim) == (
+        sd.unet.block_out_channels, sd.unet.cross_attention_dim)
+  if not widths:
+    raise UserError(f"this {type(module).__name__} is for a UNet of other widths; use one that was "
+                    "trained for this family of models")
 
 
 def static(controls: Sequence[Control]) -> tuple[Net, ...]:

@@ -8,6 +8,7 @@ made in, nor on its place there, nor on the number of devices.
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from sdjax.stable_diffusion import Condition, Params, StableDiffusion
 
 BATCH_AXES = ("data", "fsdp")
 INITIAL, STEPS, SECOND, LOW_RESOLUTION = range(4)  # streams of an image's noise
-MIN_ROWS = 1024  # tables are filled up to this length: their own is no shape
+ROWS = 1024  # tables are filled up to a multiple of this: their own length is no shape
 
 
 def seed_words(seeds: Sequence[int]) -> np.ndarray:
@@ -31,6 +32,7 @@ def seed_words(seeds: Sequence[int]) -> np.ndarray:
 
   `jax.random.key` would silently drop the upper word.
   """
+  seeds = [operator.index(seed) for seed in seeds]  # numpy's integers overflow
   for seed in seeds:
     if not 0 <= seed < 2**64:
       raise UserError(f"seed is {seed}; it must lie between 0 and 2**64 - 1")
@@ -163,7 +165,7 @@ def run(
         conditions=batch.conditions[:1], rescale=None,
         appended=batch.appended and batch.appended[:1])
     scaled = rows if guided else rows._replace(scales=rows.scales[:, :0])
-    state, latents, denoised = _advance(
+    state, latents, denoised = _denoise(
         sd, nets, params, net_params, scaled, begin, stop, state, now)
     if every_rows and (stop == end or not stop % every_rows):
       watch(stop, np.asarray(denoised))
@@ -180,7 +182,7 @@ def _stretches(scales: np.ndarray, every: int) -> list[tuple[int, int]]:
 
 def _filled_up(rows: Rows) -> Rows:
   """Fills rows up with copies of the last, never run, and casts them for the device."""
-  length = max(MIN_ROWS, len(rows.levels))
+  length = -(-len(rows.levels) // ROWS) * ROWS
 
   def fill(leaf):
     leaf = leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf
@@ -189,7 +191,7 @@ def _filled_up(rows: Rows) -> Rows:
 
 
 @functools.partial(jax.jit, static_argnames=("sd", "nets"))
-def _advance(sd: StableDiffusion, nets: tuple[control.Net, ...], params: Params,
+def _denoise(sd: StableDiffusion, nets: tuple[control.Net, ...], params: Params,
              net_params: tuple[Any, ...], rows: Rows, first: jax.Array, end: jax.Array,
              state: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the state after the rows first … end-1, its latents, and the last clean estimate."""

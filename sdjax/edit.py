@@ -189,8 +189,9 @@ def base_to_refiner(
 
   Args:
     sd, params: the model that begins.
-    refiner, refiner_params: the model that ends, and decodes.
-    prompts, options: see `generate.text_to_image`.
+    refiner, refiner_params: the model that ends, and decodes; the first one's sampler goes on.
+    prompts, options: see `generate.text_to_image`; sizes and controls are the first model's, the
+      refiner is told its default sizes.
     handoff: the part of the timesteps that the first model makes; 0.8 is usual.
 
   Returns:
@@ -212,8 +213,12 @@ def base_to_refiner(
   cutoff = round(sd.schedule.num_steps * (1 - handoff))
   skip = int((table.t[::per_step] >= cutoff).sum())
   end = min(skip * per_step, len(table.t))  # the last step may ask once
+  refiner = dataclasses.replace(refiner, scheduler_config=sd.scheduler_config | {
+      "prediction_type": refiner.prediction_type})
+  second = dataclasses.replace(request, sizes=None, negative_sizes=None, controls=())
+  generate.check_request(refiner, second, skip)
   latents = generate.make_latents(sd, params, request, Task(end=end))
-  return generate.make(refiner, refiner_params, request, Task(resume=latents, skip=skip))
+  return generate.make(refiner, refiner_params, second, Task(resume=latents, skip=skip))
 
 
 def hires_fix(
@@ -254,6 +259,7 @@ def hires_fix(
   skip = _skipped(second, strength)
   generate.check_request(sd, second, skip)
   shape = sd.latent_shape(height, width)
+  sd.latent_shape(first_height, first_width)  # before anything is resized
   first = Request(prompts=prompts, height=first_height, width=first_width, **options | dict(
       controls=[dataclasses.replace(control, hint=_resize(
           control.hint, (first_height, first_width), "linear")) for control in second.controls]))
@@ -286,6 +292,8 @@ def _edit(sd: StableDiffusion, prompts: Sequence[str], images: np.ndarray, stren
 def _check_images(images: np.ndarray, n: int) -> None:
   if images.ndim != 4 or images.shape[0] != n or images.shape[3] != 3:
     raise UserError(f"images have shape {list(images.shape)}; {n} prompts need [{n}, H, W, 3]")
+  if not n:
+    raise UserError("no prompts were given; give at least one")
   if not np.isfinite(images).all() or np.abs(images).max() > 1 or images.dtype == np.uint8:
     raise UserError("images hold values outside [-1, 1] or NaN; divide 8-bit ones by 127.5 and "
                     "subtract 1")

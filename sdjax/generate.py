@@ -112,7 +112,8 @@ def _encode_text(sd: StableDiffusion, params: Params, tokens: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames=("sd", "tile"))
-def _decode(sd: StableDiffusion, params: Params, latents: jax.Array, tile: int | None) -> jax.Array:
+def _decode_latents(sd: StableDiffusion, params: Params, latents: jax.Array,
+                    tile: int | None) -> jax.Array:
   return replicate(jnp.clip(sd.decode_latents(params, shard_batch(latents), tile), -1.0, 1.0))
 
 
@@ -393,7 +394,7 @@ def encode(sd: StableDiffusion, params: Params, request: Request, images: np.nda
 def decode(sd: StableDiffusion, params: Params, request: Request, latents: np.ndarray,
            ) -> np.ndarray:
   """Returns images [n H W 3] in [-1, 1] of scaled latents [n h w c]."""
-  return np.concatenate([np.asarray(_decode(sd, params, latents[index], request.tile))
+  return np.concatenate([np.asarray(_decode_latents(sd, params, latents[index], request.tile))
                          for index in batches(len(latents), request.batch_size)])[:len(latents)]
 
 

@@ -29,7 +29,7 @@ def cache_compilations() -> None:
   import jax
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "sdjax"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_TELLING_S)
 
 
 @contextlib.contextmanager

@@ -371,6 +371,8 @@ def from_config(scheduler_config: dict, steps: int, **options: Any) -> Table:
   if unknown := options.keys() - defaults.keys():
     raise UserError(f"option {min(unknown)!r} is not one of {name}'s: choose from "
                     f"{sorted(defaults)}")
-  check_start(start, steps)
   given = {key: scheduler_config[key] for key in defaults.keys() & scheduler_config}
-  return make(defaults | given | options | {"_class_name": name}, steps, start)
+  config = defaults | given | options | {"_class_name": name}
+  spacings.check_steps(steps, config["num_train_timesteps"])
+  check_start(start, steps)
+  return make(config, steps, start)
