@@ -329,7 +329,8 @@ def test_controls_add_up_by_their_scales(model):
   given = [hints(seed) for seed in range(6)]
   controls = [control.Control(module, None, hint, **options) for hint, (module, options) in zip(
       given, [(NET, dict(scale=0.5)), (NET.clone(hint_order="bgr"), {}), (NET, dict(guess=True)),
-                 (NET.clone(pool=True), {}), (Adapter(channels=(8, 8)), dict(scale=-1.0)), (NET, dict(end=0.8))])]
+                 (NET.clone(pool=True), {}), (Adapter(channels=(8, 8)), dict(scale=-1.0)),
+                 (NET, dict(end=0.8))])]
   plain, steered = (text_to_image(model(), controls=some, guidance_scale=3.0)[1]
                     for some in ((), controls))
   red, blue = (np.array([hint[..., channel].mean(axis=(1, 2)) for hint in given])
