@@ -204,9 +204,11 @@ def base_to_refiner(
     raise UserError(f"handoff is {handoff}; it must lie between 0 and 1")
   for model in (sd, refiner):
     generate.check_channels(model, 0, False, "making pictures from text alone")
-  if (sd.schedule, sd.vae.downsampling) != (refiner.schedule, refiner.vae.downsampling):
-    raise UserError("the two models have different noise schedules or sizes of latents; use a "
-                    "refiner of the same family")
+  latents, others = ((model.schedule, model.vae.downsampling, model.vae.latent_channels,
+                      model.vae.scaling_factor, model.vae.shift_factor) for model in (sd, refiner))
+  if latents != others:
+    raise UserError("the two models have different noise schedules or latents; use a refiner of "
+                    "the same family")
   request = Request(prompts=prompts, **options)
   table = generate.sampler_table(sd, request.sampler, request.steps)
   per_step = generate.rows_per_step(table, request.steps)

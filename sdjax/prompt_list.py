@@ -23,7 +23,7 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -39,61 +39,23 @@ from sdjax.stable_diffusion import Params, StableDiffusion
 
 log = logging.getLogger("sdjax")
 MANIFEST = "manifest.jsonl"
-SHARD_SIZES = (1, 10_000)  # least and most; a key has four digits for the place in its shard
 WRITERS = 8                # threads: compressing a PNG of 512 px takes 0.1 s
 SEEN = 4096                # numbers of each array that make up a fingerprint
 # What `write_whole` leaves under our names when it is killed.
-LEFT_OVER = re.compile(r"\.(\d+\.(png|tar)|manifest\.jsonl)\.[0-9a-f]{8}")
-# A1111's names of samplers, by ours and by the class in a scheduler_config.json.
-A1111_SAMPLERS = {
-    "ddim": "DDIM", "DDIMScheduler": "DDIM",
-    "plms": "PLMS", "pndm": "PLMS", "PNDMScheduler": "PLMS",
-    "lms": "LMS", "LMSDiscreteScheduler": "LMS",
-    "euler": "Euler", "EulerDiscreteScheduler": "Euler",
-    "euler_ancestral": "Euler a", "EulerAncestralDiscreteScheduler": "Euler a",
-    "heun": "Heun", "HeunDiscreteScheduler": "Heun",
-    "dpm2": "DPM2", "KDPM2DiscreteScheduler": "DPM2",
-    "dpm2_ancestral": "DPM2 a", "KDPM2AncestralDiscreteScheduler": "DPM2 a",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M", "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "dpmpp_sde": "DPM++ SDE", "DPMSolverSDEScheduler": "DPM++ SDE",
-    "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC", "UniPCMultistepScheduler": "UniPC",
-    "lcm": "LCM", "LCMScheduler": "LCM",
-}
+LEFT_OVER = re.compile(r"\.(\d+\.(png|tar)|preview\.png|manifest\.jsonl)\.[0-9a-f]{8}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What all pictures of a job share.
-
-  Attributes:
-    model: where it was read from.
-    fingerprint: of the model as it is used; see `fingerprint`.
-    sampler: the model's own if None, a `scheduler` by class.
-    weighted, clip_skip: as `generate.text_to_image` takes them.
-    dtype: of compute.
-    lora, embedding: what was merged into the model, as the user named it.
-  """
-  model: str
-  fingerprint: str
-  sampler: str | None
-  scheduler: str
-  weighted: bool
-  clip_skip: int
-  dtype: str
-  lora: tuple[str, ...]
-  embedding: tuple[str, ...]
-
-
-def fingerprint(sd: StableDiffusion, params: Params) -> str:
-  """Returns 16 hex digits that change with the model, wherever it was read from.
+def fingerprint(params: Params, *facts: object) -> str:
+  """Returns 16 hex digits that change with a model, wherever it was read from.
 
   They see evenly spread numbers of each array: training moves all of them, and reading all would
   take as long as loading did.
+
+  Args:
+    params: of the model, on the host.
+    facts: what else tells it from others, as JSON can hold it.
   """
-  digest = hashlib.sha256(
-      json.dumps([sd.prediction_type, sd.scheduler_config], sort_keys=True).encode())
+  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
   for path, leaf in sorted(pytrees.flatten(params).items()):
     leaf = np.asarray(leaf)
     digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
@@ -108,14 +70,16 @@ class Job:
   Attributes:
     out: a folder that all processes see.
     wanted: one by one.
-    settings: of all of them.
+    settings: of all of them, as JSON can hold them. A job with others is another job.
+    parameters: tells how a picture was made, in A1111's form.
     shard_size: pictures per tar; None writes pictures alone.
     restartable: whether pictures that are there are kept. If not, the job begins anew, and may
       replace pictures of others that did so.
   """
   out: Path
   wanted: Sequence[Wanted]
-  settings: Settings
+  settings: Mapping[str, object]
+  parameters: Callable[[Wanted], str]
   shard_size: int | None
   restartable: bool
 
@@ -136,24 +100,16 @@ class Job:
     """Returns the first line of the manifest. A job with another one is another job."""
     return {"pictures": len(self.wanted), "shard_size": self.shard_size,
             "prompts": _hash([dataclasses.astuple(one) for one in self.wanted]),
-            **dataclasses.asdict(self.settings), "restartable": self.restartable}
+            **self.settings, "restartable": self.restartable}
 
   def describe(self, number: int) -> dict:
     """Returns all that picture `number` depends on."""
-    return {**dataclasses.asdict(self.wanted[number]), **dataclasses.asdict(self.settings)}
+    return {**dataclasses.asdict(self.wanted[number]), **self.settings}
 
   def text(self, number: int) -> dict[str, str]:
     """Returns the text of a PNG: "parameters" in A1111's form, and "sdjax", all as JSON."""
-    one, settings = self.wanted[number], self.settings
-    sampler = settings.sampler or settings.scheduler
     return {
-        "parameters": pictures.parameters(one.prompt, one.negative_prompt, {
-            "Steps": one.steps, "Sampler": A1111_SAMPLERS.get(sampler, sampler),
-            "CFG scale": f"{one.guidance_scale:g}", "Seed": one.seed,
-            "Size": f"{one.width}x{one.height}",
-            "Model": Path(settings.model).name.removesuffix(".safetensors"),
-            # A1111 counts the layers that it does read from the end.
-            "Clip skip": settings.clip_skip + 1 if settings.clip_skip else None}),
+        "parameters": self.parameters(self.wanted[number]),
         "sdjax": json.dumps(
             self.describe(number) | {"version": __version__}, ensure_ascii=False),
     }
@@ -269,22 +225,31 @@ class Job:
             "txt": facts["prompt"].encode()}
 
 
-def plan(sd: StableDiffusion, job: Job, batch_size: int) -> list[list[int]]:
-  """Distributes the pictures, by number, over batches that text_to_image makes at once.
+def plan(sd: StableDiffusion, wanted: Sequence[Wanted], weighted: bool, batch_size: int,
+         ) -> list[list[int]]:
+  """Distributes pictures, by number, over batches that are made at once.
 
-  One batch has one size, one number of steps, guidance or none, and prompts of as many chunks:
-  beside a longer prompt, a short one would go on with empty chunks, and be another picture. Batches
-  that differ in steps alone are equally large and share their executables; a batch is filled up
-  with copies of its last picture.
+  One batch has one size, one number of steps, one strength, guidance or none, images or none, and
+  prompts of as many chunks: beside a longer prompt, a short one would go on with empty chunks, and
+  be another picture. Batches that differ in steps and strength alone are equally large and share
+  their executables; a batch is filled up with copies of its last picture.
+
+  Args:
+    sd: reads the prompts.
+    wanted: the pictures.
+    weighted: whether prompts have the syntax of `data.prompts`.
+    batch_size: pictures made at once, at most.
   """
   shapes: dict[tuple, dict[tuple, list[int]]] = {}
-  for number, one in enumerate(job.wanted):
+  for number, one in enumerate(wanted):
     texts = [one.prompt, one.negative_prompt]
-    tokens, _ = sd.tokenize_long(texts, job.settings.weighted)
-    shape = one.height, one.width, tokens.shape[-1], one.guidance_scale == 1
+    tokens, _ = sd.tokenize_long(texts, weighted)
+    shape = (one.height, one.width, tokens.shape[-1], one.guidance_scale == 1,
+             one.image is None, one.mask is None)
     # Zeros in place of the empty text are zeros for a whole batch.
     zeros = sd.zeros_for_empty_prompt and not one.negative_prompt
-    shapes.setdefault(shape, {}).setdefault((one.steps, zeros), []).append(number)
+    alike = one.steps, one.strength, zeros
+    shapes.setdefault(shape, {}).setdefault(alike, []).append(number)
   batches = []
   for groups in shapes.values():
     largest = min(batch_size, max(map(len, groups.values())))
@@ -296,31 +261,26 @@ def plan(sd: StableDiffusion, job: Job, batch_size: int) -> list[list[int]]:
 
 def run(
     job: Job,
-    sd: StableDiffusion,
-    params: Params,
-    *,
-    batch_size: int,
-    init_latents: np.ndarray | None = None,  # float [n h w c]
+    batches: Sequence[Sequence[int]],
+    draw: Callable[[list[int]], tuple[np.ndarray, np.ndarray]],
     keep_latents: bool = False,
 ) -> dict[int, np.ndarray]:
   """Makes the pictures of a job that are not there yet. To be called by all processes alike.
 
   Args:
     job: what to make, and where.
-    sd, params: the model; its mesh is set (`jax.set_mesh`).
-    batch_size: pictures made at once; rounded up to the number of devices that share a batch.
-    init_latents: noise in place of the seeds' own.
+    batches: of `plan`.
+    draw: makes the pictures of one batch: images float [n H W 3] in [-1, 1] and latents [n h w c].
     keep_latents: whether to return latents; else they are dropped.
 
   Returns:
     The final latents, float32 [h w c], of the pictures made, by number.
 
   Raises:
-    UserError: a request that the model cannot serve, or a folder that is another job's. Nothing
-      has been written then.
+    UserError: the folder is another job's. Nothing has been written then, nor where the first
+      batch cannot be drawn.
   """
   job.check()
-  batches = plan(sd, job, batch_size)
   made, kept, is_main = job.made(), {}, jax.process_index() == 0
   left = [batch for batch in batches if not made[batch].all()]
   new, began = int((~made).sum()), time.monotonic()
@@ -329,7 +289,7 @@ def run(
     if made.any():
       job.begin(made)
     for batch in left:
-      images, latents = _make(job, sd, params, batch, init_latents)
+      images, latents = draw(batch)
       if not made.any():  # not before: a request that cannot be served leaves no folder
         job.begin(made)
       numbers = [number for number in dict.fromkeys(batch) if not made[number]]
@@ -344,19 +304,6 @@ def run(
     seconds = time.monotonic() - began
     log.info("made %d pictures in %.1f s, %.3g images/s", new, seconds, new / seconds)
   return kept
-
-
-def _make(job: Job, sd: StableDiffusion, params: Params, batch: list[int],
-          init_latents: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-  wanted, settings = [job.wanted[number] for number in batch], job.settings
-  first = wanted[0]
-  negative = [one.negative_prompt for one in wanted]
-  return generate.text_to_image(
-      sd, params, [one.prompt for one in wanted], steps=first.steps,
-      guidance_scale=[one.guidance_scale for one in wanted], seeds=[one.seed for one in wanted],
-      height=first.height, width=first.width, negative_prompts=negative if any(negative) else None,
-      sampler=settings.sampler, weighted=settings.weighted, clip_skip=settings.clip_skip,
-      init_latents=None if init_latents is None else init_latents[batch], batch_size=len(batch))
 
 
 def _listed(folder: Path) -> set[str]:

@@ -218,7 +218,10 @@ class StableDiffusion:
 
   def param_shapes(self) -> Params:
     """Returns the tree of parameters as float32 `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda leaf: leaf, _param_shapes(self))
+    modules = {"unet": self.unet, "vae": self.vae,
+               **dict(zip(self.text_names, self.text_encoders, strict=True))}
+    return {name: jax.tree.map(lambda leaf: leaf, _param_shapes(module))
+            for name, module in modules.items()}
 
   def init(self, seed: int) -> Params:
     """Returns freshly drawn float32 parameters on the host; equal on every machine."""
@@ -226,11 +229,8 @@ class StableDiffusion:
 
 
 @functools.cache
-def _param_shapes(sd: StableDiffusion) -> Params:
-  modules = {"unet": sd.unet, "vae": sd.vae,
-             **dict(zip(sd.text_names, sd.text_encoders, strict=True))}
-  return {name: jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
-          for name, module in modules.items()}
+def _param_shapes(module: Any) -> Params:
+  return jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
 
 
 def _emphasize(context: jax.Array, weights: jax.Array) -> jax.Array:  # [b l d], [b l]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax import generate, pictures, prompt_list
+from sdjax import pictures, prompt_list
 from sdjax.data import shards
-from sdjax.data.prompt_files import Wanted
+from sdjax.data.prompt_files import Picture, Wanted
 from sdjax.errors import UserError
 
-SETTINGS = prompt_list.Settings("models/sd15.safetensors", "0123", None, "PNDMScheduler", False, 0,
-                                "float32", (), ())
+SETTINGS = {"model": "models/sd15.safetensors", "fingerprint": "0123", "sampler": None,
+            "clip_skip": 0}
 
 
 class Killed(BaseException):
@@ -38,37 +38,41 @@ LIST = [ask(number, width=(32, 48)[number % 2], steps=(4, 6, 4)[number % 3],
 
 
 def job(out, wanted=LIST, settings=SETTINGS, shard_size=None, restartable=True):
-  return prompt_list.Job(out, wanted, settings, shard_size, restartable)
+  return prompt_list.Job(
+      out, wanted, settings, lambda one: f"seed {one.seed}", shard_size, restartable)
 
 
-def draw(prompt, negative, seed, steps, scale, height, width):
-  digest = hashlib.sha256(repr((prompt, negative, seed, steps, scale)).encode()).digest()
+def plan(sd, wanted, batch_size):
+  return prompt_list.plan(sd, wanted, False, batch_size)
+
+
+def draw(one):
+  digest = hashlib.sha256(repr(dataclasses.replace(one, line=0, copy=0)).encode()).digest()
   rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-  return rng.uniform(-1, 1, (height, width, 3)).astype(np.float32)
+  return rng.uniform(-1, 1, (one.height, one.width, 3)).astype(np.float32)
 
 
 def expected(one):
-  return pictures.to_uint8(draw(one.prompt, one.negative_prompt, one.seed, one.steps,
-                                one.guidance_scale, one.height, one.width))
+  return pictures.to_uint8(draw(one))
+
+
+class Artist:
+  """Draws what jobs want; `drawn` has the numbers of each batch."""
+
+  def __init__(self, sd):
+    self.sd, self.drawn = sd, []
+
+  def run(self, job, **options):
+    def make(batch):
+      self.drawn.append(batch)
+      images = np.stack([draw(job.wanted[number]) for number in batch])
+      return images, np.zeros((len(batch), *np.array(images.shape[1:3]) // 4, 4), np.float32)
+    return prompt_list.run(job, plan(self.sd, job.wanted, 4), make, **options)
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-  """Puts the fake in place; the list gets the seeds of each batch."""
-  batches = []
-
-  def text_to_image(sd, params, prompts, *, steps, guidance_scale, seeds, height, width,
-                    negative_prompts, batch_size, **_):
-    batches.append(list(seeds))
-    assert len(prompts) == batch_size
-    images = [draw(prompt, negative, seed, steps, scale, height, width)
-              for prompt, negative, seed, scale in zip(
-                  prompts, negative_prompts or [""] * len(prompts), seeds, guidance_scale,
-                  strict=True)]
-    return np.stack(images), np.zeros((len(prompts), height // 4, width // 4, 4), np.float32)
-
-  monkeypatch.setattr(generate, "text_to_image", text_to_image)
-  return batches
+def artist(tiny_model):
+  return Artist(tiny_model[0])
 
 
 def names(folder):
@@ -96,7 +100,7 @@ def assert_whole(folder, wanted=LIST):
 
 def test_few_shapes_and_every_picture_once(tiny_model):
   sd = tiny_model[0]
-  batches = prompt_list.plan(sd, job(None), 4)
+  batches = plan(sd, LIST, 4)
   made = [number for batch in batches for number in dict.fromkeys(batch)]
   assert sorted(made) == list(range(len(LIST)))
   sizes = {}
@@ -106,7 +110,7 @@ def test_few_shapes_and_every_picture_once(tiny_model):
   # The last but one has 3 pictures of 4 steps and 2 of 6.
   assert sizes == {(32, False): {4}, (48, False): {3}, (48, True): {4}}
   # Alone on the list, a few pictures are not filled up.
-  assert prompt_list.plan(sd, job(None, LIST[:1]), 4) == [[0]]
+  assert plan(sd, LIST[:1], 4) == [[0]]
 
 
 def test_prompts_of_other_lengths_do_not_share_a_batch(tiny_model):
@@ -115,36 +119,34 @@ def test_prompts_of_other_lengths_do_not_share_a_batch(tiny_model):
   wanted = [ask(0), ask(1, prompt=long), ask(2, negative_prompt=long), ask(3)]
   chunks = [sd.tokenize_long([one.prompt, one.negative_prompt], False)[0].shape[-1]
             for one in wanted]
-  batches = prompt_list.plan(sd, job(None, wanted), 8)
+  batches = plan(sd, wanted, 8)
   assert chunks[0] < chunks[1] and [0, 3] in batches
   # Where no negative prompt means zeros, it does so for a whole batch.
   zeros = dataclasses.replace(sd, zeros_for_empty_prompt=True)
   wanted = [ask(0), ask(1, negative_prompt="blurry"), ask(2)]
-  assert prompt_list.plan(sd, job(None, wanted), 8) == [[0, 1, 2]]
-  assert prompt_list.plan(zeros, job(None, wanted), 8) == [[0, 2], [1, 1]]
+  assert plan(sd, wanted, 8) == [[0, 1, 2]]
+  assert plan(zeros, wanted, 8) == [[0, 2], [1, 1]]
 
 
-def test_undisturbed(tiny_model, tmp_path, drawn):
-  kept = prompt_list.run(job(tmp_path / "out"), tiny_model[0], {}, batch_size=4)
+def test_undisturbed(tmp_path, artist):
+  kept = artist.run(job(tmp_path / "out"))
   assert kept == {}
   assert_whole(tmp_path / "out")
-  count = len(drawn)
-  prompt_list.run(job(tmp_path / "out"), tiny_model[0], {}, batch_size=4)
-  assert len(drawn) == count  # nothing was left to do
+  count = len(artist.drawn)
+  artist.run(job(tmp_path / "out"))
+  assert len(artist.drawn) == count  # nothing was left to do
   with Image.open(tmp_path / "out" / "00005.png") as picture:
-    assert picture.text["parameters"] == (
-        "picture 5\nNegative prompt: blurry\n"
-        "Steps: 4, Sampler: PLMS, CFG scale: 1, Seed: 5, Size: 48x32, Model: sd15")
+    assert picture.text["parameters"] == "seed 5"
     told = json.loads(picture.text["sdjax"])
   assert (told["prompt"], told["seed"], told["fingerprint"]) == ("picture 5", 5, "0123")
 
 
 @pytest.mark.parametrize("shard_size", [None, 5])
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(
-    tiny_model, tmp_path, drawn, monkeypatch, shard_size):
-  sd, out = tiny_model[0], tmp_path / "out"
+    tmp_path, artist, monkeypatch, shard_size):
+  out = tmp_path / "out"
   monkeypatch.setattr(prompt_list, "WRITERS", 1)
-  prompt_list.run(job(tmp_path / "whole", shard_size=shard_size), sd, {}, batch_size=4)
+  artist.run(job(tmp_path / "whole", shard_size=shard_size))
   whole = {name: (tmp_path / "whole" / name).read_bytes() for name in names(tmp_path / "whole")}
   written, life = [], 0                                # how many files may still move or go
 
@@ -171,7 +173,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(
   for starts in range(100):
     life = 2 * starts                                  # each start lives longer than the one before
     try:
-      prompt_list.run(job(out, shard_size=shard_size), sd, {}, batch_size=4)
+      artist.run(job(out, shard_size=shard_size))
       break
     except Killed:
       pass
@@ -181,15 +183,15 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(
   assert len(made) == len(set(made)) == len(LIST)
 
 
-def test_a_picture_that_was_removed_is_made_again(tiny_model, tmp_path, drawn):
+def test_a_picture_that_was_removed_is_made_again(tmp_path, artist):
   out = tmp_path / "out"
-  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
-  before, drawn[:] = (out / "00003.png").read_bytes(), []
+  artist.run(job(out))
+  before, artist.drawn[:] = (out / "00003.png").read_bytes(), []
   (out / "00003.png").unlink()
   with open(out / "manifest.jsonl", "a") as file:
     file.write('{"file": "000')                        # what a kill leaves of a line
-  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
-  assert len(drawn) == 1 and 3 in drawn[0]  # by the batch that it was made in before
+  artist.run(job(out))
+  assert len(artist.drawn) == 1 and 3 in artist.drawn[0]  # by the batch that it was made in before
   assert (out / "00003.png").read_bytes() == before
   assert_whole(out)
 
@@ -197,55 +199,53 @@ def test_a_picture_that_was_removed_is_made_again(tiny_model, tmp_path, drawn):
 @pytest.mark.parametrize("other, told", [
     (dict(wanted=[*LIST[:-1], ask(22, prompt="another")]), "prompts"),
     (dict(wanted=LIST[:-1]), "pictures, prompts"),
-    (dict(settings=dataclasses.replace(SETTINGS, fingerprint="4567")), "fingerprint"),
-    (dict(settings=dataclasses.replace(SETTINGS, sampler="ddim", clip_skip=1)),
-     "sampler, clip_skip"),
+    (dict(wanted=[dataclasses.replace(LIST[0], image=Picture("a.png", "89ab")), *LIST[1:]]),
+     "prompts"),
+    (dict(settings=SETTINGS | {"fingerprint": "4567"}), "fingerprint"),
+    (dict(settings=SETTINGS | {"sampler": "ddim", "clip_skip": 1}), "sampler, clip_skip"),
     (dict(shard_size=10), "shard_size"),
     (dict(restartable=False), "restartable"),
 ])
-def test_another_job_is_refused(tiny_model, tmp_path, drawn, other, told):
+def test_another_job_is_refused(tmp_path, artist, other, told):
   out = tmp_path / "out"
-  prompt_list.run(job(out), tiny_model[0], {}, batch_size=4)
-  before, drawn[:] = (out / "manifest.jsonl").read_bytes(), []
+  artist.run(job(out))
+  before, artist.drawn[:] = (out / "manifest.jsonl").read_bytes(), []
   with pytest.raises(UserError, match=f"begun with other {told}; .*choose another --out"):
-    prompt_list.run(job(out, **other), tiny_model[0], {}, batch_size=4)
-  assert not drawn and (out / "manifest.jsonl").read_bytes() == before
+    artist.run(job(out, **other))
+  assert not artist.drawn and (out / "manifest.jsonl").read_bytes() == before
 
 
-def test_foreign_folders_are_refused(tiny_model, tmp_path, drawn):
+def test_foreign_folders_are_refused(tmp_path, artist):
   (tmp_path / "00003.png").write_bytes(b"somebody's")
   with pytest.raises(UserError, match="no manifest.jsonl tells of"):
-    prompt_list.run(job(tmp_path), tiny_model[0], {}, batch_size=4)
+    artist.run(job(tmp_path))
   for text in ("a list of cargo\n", '["a"]\n', "{}\n"):
     (tmp_path / "manifest.jsonl").write_text(text)
     for restartable in (True, False):
       with pytest.raises(UserError, match="choose another --out"):
-        prompt_list.run(
-            job(tmp_path, restartable=restartable), tiny_model[0], {}, batch_size=4)
-  assert not drawn
+        artist.run(job(tmp_path, restartable=restartable))
+  assert not artist.drawn
 
 
-def test_a_job_of_flags_begins_anew(tiny_model, tmp_path, drawn):
-  run = lambda wanted: prompt_list.run(
-      job(tmp_path, wanted, restartable=False), tiny_model[0], {}, batch_size=4,
-      keep_latents=True)
+def test_a_job_of_flags_begins_anew(tmp_path, artist):
+  run = lambda wanted: artist.run(job(tmp_path, wanted, restartable=False), keep_latents=True)
   assert {number: latent.shape for number, latent in run(LIST[:2]).items()} == {
       0: (8, 8, 4), 1: (8, 12, 4)}
   run(LIST[2:4])
   assert_whole(tmp_path, LIST[2:4])
-  assert sum(map(len, drawn)) == 4
+  assert sum(map(len, artist.drawn)) == 4
 
 
-def test_hosts_that_do_not_share_the_folder_are_told(tiny_model, tmp_path, drawn, monkeypatch):
+def test_hosts_that_do_not_share_the_folder_are_told(tmp_path, artist, monkeypatch):
   save = prompt_list.pictures.save_png
   monkeypatch.setattr(prompt_list.pictures, "save_png", lambda path, *rest: (
       path.name == "00007.png" or save(path, *rest)))
   with pytest.raises(UserError, match="1 pictures are not in .* 00007.png first; .* all hosts"):
-    prompt_list.run(job(tmp_path), tiny_model[0], {}, batch_size=4)
+    artist.run(job(tmp_path))
 
 
-def test_shards_hold_pictures_and_prompts(tiny_model, tmp_path, drawn):
-  prompt_list.run(job(tmp_path, shard_size=10), tiny_model[0], {}, batch_size=4)
+def test_shards_hold_pictures_and_prompts(tmp_path, artist):
+  artist.run(job(tmp_path, shard_size=10))
   assert names(tmp_path) == ["00000.tar", "00001.tar", "00002.tar", "manifest.jsonl"]
   index = shards.build_index(str(tmp_path))
   assert index.keys == tuple(f"{n // 10:05d}{n % 10:04d}" for n in range(len(LIST)))
@@ -260,12 +260,20 @@ def test_shards_hold_pictures_and_prompts(tiny_model, tmp_path, drawn):
 
 
 def test_the_fingerprint_is_that_of_the_model(tiny_model):
-  sd, params = tiny_model
-  here = prompt_list.fingerprint(sd, params)
-  assert here == prompt_list.fingerprint(sd, dict(reversed(params.items())))
+  _, params = tiny_model
+  here = prompt_list.fingerprint(params, "epsilon", {})
+  assert here == prompt_list.fingerprint(dict(reversed(params.items())), "epsilon", {})
   kernel = params["unet"]["conv_in"]["kernel"]
   moved = params | {"unet": params["unet"] | {"conv_in": params["unet"]["conv_in"] | {
       "kernel": kernel * np.float32(1.0001)}}}
-  assert here != prompt_list.fingerprint(sd, moved)
-  other = dataclasses.replace(sd, scheduler_config={"_class_name": "DDIMScheduler"})
-  assert here != prompt_list.fingerprint(other, params)
+  assert here != prompt_list.fingerprint(moved, "epsilon", {})
+  assert here != prompt_list.fingerprint(params, "epsilon", {"_class_name": "DDIMScheduler"})
+
+
+def test_what_is_asked_otherwise_does_not_share_a_batch(tiny_model):
+  sd, picture = tiny_model[0], Picture("a.png", "89ab")
+  edit = dict(image=picture, strength=0.5)
+  wanted = [ask(0), ask(1, **edit), ask(2, **edit, mask=picture), ask(3, **edit), ask(4, **edit),
+            ask(5, **edit | {"strength": 0.7})]
+  # Strength decides where a program begins, not which one it is: batches of one size.
+  assert plan(sd, wanted, 8) == [[0], [1, 3, 4], [5, 5, 5], [2]]

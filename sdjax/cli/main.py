@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"sdjax: error: {describe(error)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("\nsdjax: interrupted; the same command goes on from the last checkpoint",
-          file=sys.stderr)
+    print("\nsdjax: interrupted; the same command goes on", file=sys.stderr)
     return 130
 
 

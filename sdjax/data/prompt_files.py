@@ -1,7 +1,8 @@
 """Which pictures are wanted: lists of prompts in .txt, .jsonl, .csv or .parquet files.
 
 A .txt has a prompt a line. A line of the others has "prompt" and, where it differs from the rest
-of the list, any of `KINDS`; a line left out, or a cell left empty, means the default.
+of the list, any of `KINDS`; a line left out, or a cell left empty, means the default. Paths begin
+in the folder of the list.
 """
 
 import csv
@@ -13,16 +14,32 @@ from pathlib import Path
 from sdjax.errors import UserError
 
 KINDS = {"prompt": str, "negative_prompt": str, "seed": int, "steps": int, "guidance_scale": float,
-         "height": int, "width": int, "num_images": int}
+         "height": int, "width": int, "num_images": int, "image": str, "mask": str,
+         "strength": float}
 LIMITS = {"seed": (0, 2**64 - 1), "steps": (1, 1000), "guidance_scale": (0, 1000),
-          "height": (1, 2**16), "width": (1, 2**16), "num_images": (1, 10**6)}
+          "height": (1, 2**16), "width": (1, 2**16), "num_images": (1, 10**6), "strength": (0, 1)}
+PATHS = ("image", "mask")
 
 Line = tuple[int, dict]  # its number, from 1; {name: value} of what it gives
 
 
 @dataclasses.dataclass(frozen=True)
+class Picture:
+  """A file that pictures are made from; another one of the same name is another picture."""
+  path: str
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Wanted:
-  """One picture: what it shows, its sides in px, and the line and copy of the list that want it."""
+  """One picture: what it shows, its sides in px, what it is made from, and who wants it.
+
+  Attributes:
+    line, copy: of the list, from 1 and from 0.
+    image, mask: None: from the text alone.
+    strength: of the change to the image; None where there is no choice.
+    others: as in `KINDS`.
+  """
   prompt: str
   negative_prompt: str
   seed: int
@@ -30,15 +47,18 @@ class Wanted:
   guidance_scale: float
   height: int
   width: int
-  line: int  # from 1
-  copy: int  # from 0
+  line: int
+  copy: int
+  image: Picture | None = None
+  mask: Picture | None = None
+  strength: float | None = None
 
 
 def expand(lines: Sequence[Line], defaults: Mapping[str, object], source: str) -> list[Wanted]:
   """Returns what is wanted, picture by picture.
 
   Args:
-    lines: of `read`.
+    lines: of `read`, each "image" and "mask" a `Picture` or None.
     defaults: values of all `KINDS` but "prompt" for lines that do not give them. The seed is that
       of the first picture; each picture whose line gives no seed has one more than the one before.
     source: the file, for messages; "" if there is none.
@@ -64,7 +84,7 @@ def place(source: str | Path, number: int) -> str:
 
 
 def read(path: str | Path) -> list[Line]:
-  """Reads a list of prompts.
+  """Reads a list of prompts. Paths that it gives are returned as seen from here.
 
   Raises:
     UserError: a line that cannot be read (by its number), a file without prompts or of another
@@ -79,9 +99,11 @@ def read(path: str | Path) -> list[Line]:
   lines = []
   try:
     for number, values in READERS[path.suffix](path):
-      lines.append((number, check(values, place(path, number))))
-      if "prompt" not in lines[-1][1]:
+      given = check(values, place(path, number))
+      if "prompt" not in given:
         raise UserError(f"{place(path, number)}no \"prompt\"; each line needs one")
+      given |= {name: str(path.parent / given[name]) for name in PATHS if name in given}
+      lines.append((number, given))
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as "
                     "UTF-8") from error

@@ -9,7 +9,7 @@ from sdjax.data import prompt_files
 from sdjax.errors import UserError
 
 DEFAULTS = {"negative_prompt": "", "seed": 100, "steps": 30, "guidance_scale": 7.5, "height": 64,
-            "width": 64, "num_images": 1}
+            "width": 64, "num_images": 1, "image": None, "mask": None, "strength": None}
 LINES = [(1, {"prompt": "a cat, asleep", "seed": 2**64 - 1, "guidance_scale": 3.0}),
          (2, {"prompt": "čaj 茶", "negative_prompt": "blurry", "steps": 5, "height": 32,
               "width": 96, "num_images": 2})]
@@ -21,15 +21,17 @@ def write(folder, name, text):
 
 
 def test_all_kinds_of_files_say_the_same(tmp_path):
-  values = [given for _, given in LINES]
+  values = [given | {"image": "in/a.png", "strength": 0.5} for _, given in LINES]
+  whole = [(number, given | {"image": str(tmp_path / "in" / "a.png")})
+           for (number, _), given in zip(LINES, values)]
   jsonl = write(tmp_path, "p.jsonl", "".join(json.dumps(given) + "\n" for given in values))
-  assert prompt_files.read(jsonl) == LINES
+  assert prompt_files.read(jsonl) == whole
   columns = list(prompt_files.KINDS)
   rows = [[str(given.get(name, "")) for name in columns] for given in values]
   csv = write(tmp_path, "p.csv", "".join(
       ",".join(f'"{cell}"' for cell in row) + "\n" for row in [columns, *rows]))
   # The header is a line, too.
-  assert prompt_files.read(csv) == [(number + 1, given) for number, given in LINES]
+  assert prompt_files.read(csv) == [(number + 1, given) for number, given in whole]
 
 
 def test_parquet(tmp_path):
@@ -71,6 +73,14 @@ def test_every_copy_has_a_seed_of_its_own():
   assert (made[4].steps, made[4].height, made[4].negative_prompt) == (30, 64, "")
 
 
+def test_copies_share_their_files():
+  image = prompt_files.Picture("a.png", "89ab")
+  one, other = prompt_files.expand(
+      [(1, {"prompt": "c", "image": image, "strength": 0.5, "num_images": 2})], DEFAULTS, "")
+  assert (one.image, one.mask, one.strength) == (image, None, 0.5)
+  assert (other.image, other.seed) == (image, 101)
+
+
 def test_copies_beyond_64_bits_are_told():
   with pytest.raises(UserError, match="p.jsonl line 3: seed is 18446744073709551616; it must"):
     prompt_files.expand([(3, {"prompt": "c", "seed": 2**64 - 1, "num_images": 2})], DEFAULTS,
@@ -86,6 +96,8 @@ def test_copies_beyond_64_bits_are_told():
     ("p.jsonl", '{"prompt": "\\ud83d"}', "line 1: prompt .*half a character"),
     ("p.jsonl", '{"prompt": "a", "guidance_scale": 1%s}' % ("0" * 400), "between 0 and 1000"),
     ("p.jsonl", '{"prompt": "a", "seed": 1%s}' % ("0" * 5000), "line 1: not JSON.*digits"),
+    ("p.jsonl", '{"prompt": "a", "strength": 1.5}', "line 1: strength is 1.5.*0 and 1"),
+    ("p.jsonl", '{"prompt": "a", "image": 3}', "line 1: image is 3; it must be str"),
     ("p.jsonl", '\n["a"]', "line 2: no object"),
     ("p.csv", "prompt,seed\na,1\nb,x\n", "line 3: seed is 'x'; it must be int"),
     ("p.csv", "prompt,seed\na cat, asleep,1\n", "line 2: not 2 columns"),
