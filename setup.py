@@ -28,19 +28,26 @@ setup(
         "optax>=0.2.8",                 # muon(consistent_rms)
         "orbax-checkpoint>=0.12",
         "pillow>=10.1",                 # ImageFont.load_default(size)
+        "pyarrow>=15",                  # indices of shards, lists of prompts
         "safetensors>=0.5",
         "scipy>=1.14",
         "tensorboardX>=2.6.2.2",
         "tqdm>=4.66",
         "transformers>=5.0",            # the CLIP tokenizer; no torch
+        "urllib3>=2.2",
     ],
     extras_require={
         # scikit-image ships the real photographs that the tests train on.
         "test": ["pytest>=8.0", "scikit-image>=0.25"],
         # What the networks are compared with: pytest -m oracle.
-        "oracle": ["torch==2.13.0", "diffusers>=0.35", "accelerate>=1.0", "peft>=0.17"],
-        # Prompt lists in .parquet.
-        "parquet": ["pyarrow>=15"],
+        "oracle": ["torch==2.13.0", "diffusers>=0.35", "accelerate>=1.0", "peft>=0.17",
+                   "webdataset>=0.2.111"],
+        # Shards on gs:// and s3://.
+        "cloud": ["gcsfs>=2024.6", "s3fs>=2024.6"],
+        # Compiling for TPUs on a machine without one.
+        "aot": ["libtpu"],
+        # The fast decoder of JPEGs.
+        "fast": ["simplejpeg>=1.7", "opencv-python-headless>=4.9"],
         # tensorflow-datasets imports importlib_resources without asking for it.
         "tfds": ["tensorflow-datasets>=4.9.8", "importlib_resources"],
     },

@@ -44,12 +44,26 @@ def defaults() -> ConfigDict:
   c.partition = ((".*", "fsdp"),)              # (path regex, rule), first match wins
 
   c.data = ConfigDict(dict(
-      urls="",                     # shards: a folder, a glob, or braces {00000..00041}.tar
-      resolution=512,              # px, square
+      urls="",                     # shards: a folder, a glob, braces {00000..00041}.tar, a file of
+                                   # lines, also on the network; or pictures; or tfds:NAME@SPLIT
+      mix=(),                      # in place of urls: dicts of urls, filters, and weight | repeats
+      filters=(),                  # ("aesthetic", ">=", 5.0), …, see data/filters.py
+      strict=False,                # a missing shard stops the run; else it is counted
+      max_bad_share=0.05,          # of samples that cannot be used
+      resolution=512,              # px, the side of squares
+      bucket=False,                # of about as many px, in the pictures' aspect ratios
+      stages=(),                   # (first step, resolution), …, the last one as above
       batch_size=64,               # global
-      caption_dropout=0.1,         # to the empty caption, for guidance
+      min_side_px=1,               # smaller pictures are left out when they are met
+      decoder="auto",              # pillow | fast | exact, see data/images.py
       random_flip=False,
-      random_crop=False))
+      random_crop=False,
+      caption_column=(),           # key(s) of the json to take captions from
+      caption_dropout=0.1,         # to the empty caption, for guidance
+      clean_captions=False,        # of html and URLs
+      trigger="",                  # words before each caption
+      shuffle_tags=False,          # of captions that are lists with commas,
+      keep_tags=0))                # but for so many
   # Without init_from, a tokenizer is learned from the captions.
   c.tokenizer = ConfigDict(dict(length=77, vocab_size=4096))
 
@@ -64,10 +78,21 @@ def defaults() -> ConfigDict:
       learning_rate=1e-4, warmup_steps=1_000, decay="constant", decay_from=0.0,
       b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip_norm=1.0))
   c.ema_decay = 0.9999
+  c.accumulate = 1                 # parts that a batch is cut into, where memory is short
 
   c.log_every_steps = 50
-  c.checkpoint = ConfigDict(dict(every_steps=2_000, keep=2))
+  c.wandb_project = ""             # of Weights & Biases, beside TensorBoard; "": none
+  c.max_skipped = 10               # steps in a row without a finite loss and gradient end the run
+  c.watchdog_s = 900.0             # without a step, and the process ends with code 42; 0: never
+  c.checkpoint = ConfigDict(dict(
+      every_steps=2_000, keep=2,   # the newest so many
+      keep_every=0))               # and for ever the steps that this divides; 0: none
+  c.resume_changed = False         # go on from a checkpoint although other keys have changed
   c.preview = ConfigDict(dict(     # pictures drawn while training; 0 steps: none
       every_steps=2_000, count=16, steps=30, guidance_scale=5.0, sampler="dpmpp_2m",
       prompts=()))                 # empty: captions of the data
+  c.validation = ConfigDict(dict(  # losses of the averaged parameters, see train/validation.py
+      urls="",                     # shards that are not trained on; "": no validation
+      every_steps=2_000, batches=8,
+      bins=4))                     # of timesteps
   return c

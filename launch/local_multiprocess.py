@@ -130,6 +130,12 @@ def run(command, environments):
       reader.join(timeout=1)
 
 
+def terminate(number, _):
+  """Stops all processes, once, and ends as a program does that has been terminated."""
+  signal.signal(number, signal.SIG_IGN)
+  sys.exit(128 + number)
+
+
 def main(argv=None):
   args = parse_args(argv)
   added = environments(args.processes, args.devices, free_port())
@@ -138,7 +144,7 @@ def main(argv=None):
       words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
       print(*words, shlex.join(args.command))
     return 0
-  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))      # both mean: stop them all
+  signal.signal(signal.SIGTERM, terminate)
   return run(args.command, added)
 
 

@@ -31,36 +31,17 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from sdjax import __version__, generate, pictures, pytrees
+from sdjax import __version__, generate, pictures
 from sdjax.data.prompt_files import Wanted
 from sdjax.errors import UserError
 from sdjax.files import write_whole
-from sdjax.stable_diffusion import Params, StableDiffusion
+from sdjax.stable_diffusion import StableDiffusion
 
 log = logging.getLogger("sdjax")
 MANIFEST = "manifest.jsonl"
 WRITERS = 8                # threads: compressing a PNG of 512 px takes 0.1 s
-SEEN = 4096                # numbers of each array that make up a fingerprint
 # What `write_whole` leaves under our names when it is killed.
 LEFT_OVER = re.compile(r"\.(\d+\.(png|tar)|preview\.png|manifest\.jsonl)\.[0-9a-f]{8}")
-
-
-def fingerprint(params: Params, *facts: object) -> str:
-  """Returns 16 hex digits that change with a model, wherever it was read from.
-
-  They see evenly spread numbers of each array: training moves all of them, and reading all would
-  take as long as loading did.
-
-  Args:
-    params: of the model, on the host.
-    facts: what else tells it from others, as JSON can hold it.
-  """
-  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-  for path, leaf in sorted(pytrees.flatten(params).items()):
-    leaf = np.asarray(leaf)
-    digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-    digest.update(leaf.reshape(-1)[::max(1, leaf.size // SEEN)].tobytes())
-  return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import UserError
 from sdjax.models import initializers, tiling
 from sdjax.models.clip import CLIPText
+from sdjax.models.remat import POLICIES
 from sdjax.models.unet import Condition, UNet
 from sdjax.models.vae import AutoencoderKL
 
@@ -210,8 +211,13 @@ class StableDiffusion:
   def astype(self, dtype: str, remat: str = "none") -> "StableDiffusion":
     """Returns the model computing convolutions and matmuls in `dtype`.
 
-    remat: what the UNet's backward pass computes again rather than keeps, see `UNet.remat`.
+    remat: what the UNet's backward pass computes again, a key of `remat.POLICIES`.
+
+    Raises:
+      UserError: there is no such `remat`.
     """
+    if remat not in POLICIES:
+      raise UserError(f"remat {remat!r} is not known; choose one of {', '.join(POLICIES)}")
     return dataclasses.replace(
         self, unet=self.unet.clone(dtype=dtype, remat=remat), vae=self.vae.clone(dtype=dtype),
         text_encoders=tuple(text.clone(dtype=dtype) for text in self.text_encoders))

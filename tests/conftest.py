@@ -1,12 +1,15 @@
 """Models that several tests share."""
 
+import importlib.metadata
 import os
 
 import pytest
 
 # Before JAX wakes, here and in child processes: tests wait for compilers, not for what they make.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not know the flag
+  FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 
 @pytest.fixture(scope="session")

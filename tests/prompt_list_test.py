@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from sdjax import pictures, prompt_list
-from sdjax.data import shards
 from sdjax.data.prompt_files import Picture, Wanted
+from sdjax.data.sources import open_source
 from sdjax.errors import UserError
 
 SETTINGS = {"model": "models/sd15.safetensors", "fingerprint": "0123", "sampler": None,
@@ -247,27 +247,17 @@ def test_hosts_that_do_not_share_the_folder_are_told(tmp_path, artist, monkeypat
 def test_shards_hold_pictures_and_prompts(tmp_path, artist):
   artist.run(job(tmp_path, shard_size=10))
   assert names(tmp_path) == ["00000.tar", "00001.tar", "00002.tar", "manifest.jsonl"]
-  index = shards.build_index(str(tmp_path))
-  assert index.keys == tuple(f"{n // 10:05d}{n % 10:04d}" for n in range(len(LIST)))
-  assert not index.problems
+  source = open_source(str(tmp_path), parts=("txt", "json"))
+  assert source.count == len(LIST) and not source.problems
   for number, one in enumerate(LIST):
-    sample = index.read(number, ("png", "txt", "json"))
+    sample, _ = source.read(number)
+    shard = f"{number // 10:05d}"
+    assert source.name(number) == f"{tmp_path}/{shard}.tar:{shard}{number % 10:04d}"
     assert sample["txt"].decode() == one.prompt
     assert json.loads(sample["json"])["seed"] == one.seed
     (tmp_path / "read.png").write_bytes(sample["png"])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "read.png")), expected(one))
   assert [line["file"] for line in lines(tmp_path)[1]][10] == "00001.tar:000010000.png"
-
-
-def test_the_fingerprint_is_that_of_the_model(tiny_model):
-  _, params = tiny_model
-  here = prompt_list.fingerprint(params, "epsilon", {})
-  assert here == prompt_list.fingerprint(dict(reversed(params.items())), "epsilon", {})
-  kernel = params["unet"]["conv_in"]["kernel"]
-  moved = params | {"unet": params["unet"] | {"conv_in": params["unet"]["conv_in"] | {
-      "kernel": kernel * np.float32(1.0001)}}}
-  assert here != prompt_list.fingerprint(moved, "epsilon", {})
-  assert here != prompt_list.fingerprint(params, "epsilon", {"_class_name": "DDIMScheduler"})
 
 
 def test_what_is_asked_otherwise_does_not_share_a_batch(tiny_model):

@@ -32,3 +32,14 @@ def test_count_cast_and_overview():
   assert tree["a"].dtype == jnp.bfloat16 and tree["n"].dtype == jnp.int32
   lines = pytrees.overview(TREE, depth=1).splitlines()
   assert [line.split() for line in lines] == [["unet", "296"], ["vae", "5"], ["total", "301"]]
+
+
+def test_the_fingerprint_is_that_of_the_model(tiny_model):
+  _, params = tiny_model
+  here = pytrees.fingerprint(params, "epsilon", {})
+  assert here == pytrees.fingerprint(dict(reversed(params.items())), "epsilon", {})
+  kernel = params["unet"]["conv_in"]["kernel"]
+  moved = params | {"unet": params["unet"] | {"conv_in": params["unet"]["conv_in"] | {
+      "kernel": kernel * np.float32(1.0001)}}}
+  assert here != pytrees.fingerprint(moved, "epsilon", {})
+  assert here != pytrees.fingerprint(params, "epsilon", {"_class_name": "DDIMScheduler"})

@@ -134,13 +134,10 @@ def encode(demo: Demo) -> str:
   """Stage 3."""
   from sdjax import encode as cache
   from sdjax.checkpoints import diffusers
-  from sdjax.data import pack, shards
   out = demo.folder("latents")
-  if not out.is_dir():
-    sd, params = diffusers.load(demo.folder("autoencoder") / "model")
-    index = shards.build_index(demo.folder("shards"))
-    pack.write_shards(
-        _bar(cache.samples(sd, params, index, sd.default_size), demo.pictures), out)
+  sd, params = diffusers.load(demo.folder("autoencoder") / "model")
+  cache.run(sd, params, str(demo.folder("shards")), out, cache.Options(sd.default_size),
+            progress=_bar)
   return f"latents in {out}"
 
 

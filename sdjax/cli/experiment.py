@@ -1,11 +1,18 @@
 """The flags of experiments: `--config FILE.py[:ARG] --config.KEY=VALUE --workdir DIR`."""
 
 import os
+import sys
+import threading
+import time
 
 from absl import flags
 from ml_collections import config_flags
 
+from sdjax.cli import rendezvous
 from sdjax.errors import UserError
+
+HEARTBEAT_S = 10  # a process that has been silent for as long is taken for dead
+MIN_JOIN_S = 5.0  # for processes that have met late
 
 HELP = """usage: sdjax {command} --config FILE.py[:ARG] --workdir DIR [--config.KEY=VALUE …]
 
@@ -62,22 +69,55 @@ def start_processes() -> None:
   """Joins the processes of one run, where there are several.
 
   Hosts that JAX cannot detect by itself set SDJAX_COORDINATOR (host:port of process 0),
-  SDJAX_NUM_PROCESSES and SDJAX_PROCESS_ID. SDJAX_COORDINATOR=auto asks JAX to find out, as the
-  launchers of SLURM and Cloud TPU do.
+  SDJAX_NUM_PROCESSES and SDJAX_PROCESS_ID; tasks of Slurm need nothing. SDJAX_COORDINATOR=auto asks
+  JAX to find out, as it can on Cloud TPUs.
+
+  Raises:
+    UserError: for what would keep them from meeting. Where they do not meet within
+      SDJAX_START_TIMEOUT_S (50 s by default), the process says so and ends with code 2.
   """
-  import jax
+  if rendezvous.wants_tpu(os.environ):
+    rendezvous.check_lock()
+  defaults = {"SDJAX_START_TIMEOUT_S": "50"}
+  timeout_s = rendezvous.number(defaults | os.environ, "SDJAX_START_TIMEOUT_S")
   if os.environ.get("SDJAX_COORDINATOR") == "auto":
-    jax.distributed.initialize()
+    join("the cluster that JAX detects", timeout_s)
     return
-  contract = ("SDJAX_COORDINATOR", "SDJAX_NUM_PROCESSES", "SDJAX_PROCESS_ID")
-  given = [name for name in contract if name in os.environ]
-  if given and len(given) < len(contract):
-    missing = sorted(set(contract) - set(given))
-    raise UserError(f"{given[0]} is set but {', '.join(missing)} is not; set all three or none")
-  if given:
+  place = rendezvous.find_place(os.environ)
+  if place is None:
+    return
+  rendezvous.check(place, os.environ)
+  began = time.monotonic()
+  if place.number > 0:
+    rendezvous.wait_for_coordinator(place, timeout_s)
+  left_s = max(timeout_s - (time.monotonic() - began), min(timeout_s, MIN_JOIN_S))
+  # Detection would give a task of Slurm one GPU of its node; a process drives all that it sees.
+  join(f"the {place.count} processes at {place.address}", left_s,
+       coordinator_address=place.address, num_processes=place.count, process_id=place.number,
+       cluster_detection_method="deactivate")
+
+
+def join(whom: str, timeout_s: float, **place) -> None:
+  """Connects to the other processes, or ends this one: JAX's own time limit ends in SIGABRT."""
+  import jax
+
+  def give_up():
+    print(f"sdjax: error: not all of {whom} have come within the time limit; see their logs, start "
+          "them closer together, or raise SDJAX_START_TIMEOUT_S", file=sys.stderr, flush=True)
+    os._exit(UserError.exit_code)
+
+  timer = threading.Timer(timeout_s, give_up)
+  timer.daemon = True
+  timer.start()
+  try:
     jax.distributed.initialize(
-        os.environ["SDJAX_COORDINATOR"], int(os.environ["SDJAX_NUM_PROCESSES"]),
-        int(os.environ["SDJAX_PROCESS_ID"]))
+        initialization_timeout=int(timeout_s) + 60, heartbeat_timeout_seconds=HEARTBEAT_S, **place)
+  except (ValueError, RuntimeError) as error:
+    reason = " ".join(str(error).split())
+    raise UserError(f"cannot join {whom} ({reason}); set SDJAX_COORDINATOR, SDJAX_NUM_PROCESSES "
+                    "and SDJAX_PROCESS_ID") from error
+  finally:
+    timer.cancel()
 
 
 def tell(text: str) -> None:

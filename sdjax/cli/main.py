@@ -15,7 +15,7 @@ DOORS = {
     "sample": "make pictures from prompts with a trained or converted model",
     "evaluate": "score a model on captions that it has not seen",
     "convert": "export a run as a diffusers folder, change the dtype, look into a model folder",
-    "shards": "pack, inspect and encode webdataset shards of captioned images",
+    "shards": "pack, index, inspect and encode webdataset shards of captioned images",
 }
 TRAINING = ("demo", "train")
 USAGE = """usage: sdjax COMMAND [ARGUMENTS]
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     argv: without the program's name; by default `sys.argv[1:]` of a process of its own.
 
   Returns:
-    The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+    The exit code: 0 done; that of a UserError (one line on stderr), 2 for others; 130 interrupted.
   """
   is_own_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(f"sdjax.cli.{name}").main(rest) or 0
   except (UserError, OSError) as error:
     print(f"sdjax: error: {describe(error)}", file=sys.stderr)
-    return 2
+    return getattr(error, "exit_code", 2)
   except KeyboardInterrupt:
     print("\nsdjax: interrupted; the same command goes on", file=sys.stderr)
     return 130

@@ -79,11 +79,11 @@ def settings(flags: argparse.Namespace, options: dict[str, object], models) -> d
   Args:
     flags, options, models: of `sample_doors.complete`.
   """
-  from sdjax import prompt_list
+  from sdjax import pytrees
   from sdjax.cli import sample_doors
 
   def told(sd, params):
-    return prompt_list.fingerprint(params, sd.prediction_type, sd.scheduler_config)
+    return pytrees.fingerprint(params, sd.prediction_type, sd.scheduler_config)
 
   return {name: getattr(flags, name) for name in SHARED} | {
       name: options.get(name) for name in sample_doors.OPTIONS if name != "strength"} | {
@@ -94,7 +94,7 @@ def settings(flags: argparse.Namespace, options: dict[str, object], models) -> d
       "control": [
           dataclasses.asdict(one.flag) | {
               "picture": dataclasses.asdict(one.picture),
-              "fingerprint": prompt_list.fingerprint(one.params)} for one in models.controls]}
+              "fingerprint": pytrees.fingerprint(one.params)} for one in models.controls]}
 
 
 def read_latents(path: str):

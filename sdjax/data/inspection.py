@@ -1,13 +1,16 @@
-"""What is in a set of shards, on one screen: counts, sizes, shapes, captions, what is broken."""
+"""What is in a data set, on one screen: counts, sizes, shapes, captions, scores, what is broken."""
 
 import collections
 import concurrent.futures
 import dataclasses
-from pathlib import Path
+import math
 
 import numpy as np
+from PIL import Image
 
-from sdjax.data import captions, images, pipeline, shards
+from sdjax import pictures
+from sdjax.data import captions, images, pipeline, sources
+from sdjax.errors import UserError
 
 BAR = 24  # characters
 QUANTILES = (0, 5, 50, 95, 100)  # per cent
@@ -15,6 +18,9 @@ QUANTILES = (0, 5, 50, 95, 100)  # per cent
 ASPECTS = ((0.5, "below 1:2"), (0.7, "1:2 … 7:10"), (0.95, "7:10 … 19:20"),
            (1.06, "square"), (1.43, "20:19 … 10:7"), (2.0, "10:7 … 2:1"),
            (float("inf"), "2:1 and above"))
+SCORES = ("similarity", "aesthetic", "punsafe", "pwatermark")  # that LAION is filtered by
+FACTS = ("captions", "exif", *SCORES)  # that a source is to be opened with
+CELL_PX, CAPTION = 192, 120  # on a sheet: longer side of a picture, characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,85 +28,92 @@ class Report:
   """Facts of a data set. `sides` and `caption_lengths` have a row per good sample.
 
   Attributes:
-    shards: number of tars.
-    size: of all tars, in bytes.
-    samples: in the index, good and broken.
+    shards: number of tars; 0 where samples lie otherwise.
+    size: of all tars, else of all parts, in bytes.
+    parts: part → bytes, as far as the source was opened with them.
+    samples: good and broken.
     kind: "image" or "moments".
     formats: "JPEG RGB" and the like → samples.
     sides: int64 [n 2], width and height in px (of moments: in latent px).
     caption_lengths: int64 [n], in characters; the first caption of each sample.
+    scores: name → float64 [m], of the good samples that have the score.
     broken: reason → samples (or shards) that cannot be used.
     examples: reason → one sample broken that way, as shard:key.
   """
   shards: int
   size: int
+  parts: dict[str, int]
   samples: int
   kind: str
   formats: dict[str, int]
   sides: np.ndarray
   caption_lengths: np.ndarray
+  scores: dict[str, np.ndarray]
   broken: dict[str, int]
   examples: dict[str, str]
 
 
-def inspect(index: shards.Index, threads: int = 4, progress=iter) -> Report:
+def inspect(source: sources.Source, threads: int = 4, progress=iter) -> Report:
   """Decodes every sample once (JPEGs at 1/8 of their size) and gathers the facts.
 
   Args:
-    index: of the shards.
+    source: opened with `FACTS` and, to know their bytes, with `captions.PARTS`.
     threads: that decode.
     progress: wraps the iterator over samples, as tqdm does.
 
   Raises:
     OSError: a shard cannot be read.
   """
-  broken, examples = collections.Counter(index.problems), dict(index.examples)
-  formats, sides, lengths = collections.Counter(), [], []
-  look = _look_at_moments if index.kind == "moments" else _look_at_picture
+  broken, examples = collections.Counter(source.problems), dict(source.examples)
+  formats, parts, sides, lengths = collections.Counter(), collections.Counter(), [], []
+  scores = collections.defaultdict(list)
+  look = _look_at_moments if source.kind == "moments" else _look_at_picture
 
-  def facts(sample):
+  def told(sample):
     try:
-      return look(index, sample)
+      blobs, facts = source.read(sample)
+      return {part: len(blob) for part, blob in blobs.items()}, facts, *look(blobs, facts)
     except images.BadPicture as error:
       return str(error)
 
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    for sample, found in enumerate(progress(pool.map(facts, range(index.count)))):
+    for sample, found in enumerate(progress(pool.map(told, range(source.count)))):
       if isinstance(found, str):
         broken[found] += 1
-        examples.setdefault(found, index.name(sample))
-      else:
-        formats[found[0]] += 1
-        sides.append(found[1])
-        lengths.append(found[2])
+        examples.setdefault(found, source.name(sample))
+        continue
+      sizes, facts, form, side, length = found
+      parts.update(sizes)
+      formats[form] += 1
+      sides.append(side)
+      lengths.append(length)
+      for name in SCORES:
+        if (score := _number(facts.get(name))) is not None:
+          scores[name].append(score)
   return Report(
-      shards=len(index.shards), size=sum(Path(path).stat().st_size for path in index.shards),
-      samples=index.count, kind=index.kind, formats=dict(formats.most_common()),
-      sides=np.array(sides, np.int64).reshape(-1, 2), caption_lengths=np.array(lengths, np.int64),
+      shards=len(getattr(source, "shards", ())), size=getattr(source, "size", parts.total()),
+      parts=dict(parts.most_common()), samples=source.count, kind=source.kind,
+      formats=dict(formats.most_common()), sides=np.array(sides, np.int64).reshape(-1, 2),
+      caption_lengths=np.array(lengths, np.int64),
+      scores={name: np.array(scores[name]) for name in SCORES if name in scores},
       broken=dict(broken.most_common()), examples=examples)
 
 
 def format_report(report: Report) -> str:
   """The report as text for a terminal of 80 columns."""
   good = len(report.sides)
+  shards = f"{report.shards:,}  " if report.shards else "none  "
+  shares = {**report.parts, "the rest": report.size - sum(report.parts.values())}
   lines = [
-      f"shards     {report.shards:,}  ({_bytes(report.size)})",
+      f"shards     {shards}({_bytes(report.size)})",
       f"samples    {good:,} good of {report.samples:,}  ({_bytes(report.size / report.samples)} "
       "each)",
       "kind       " + ", ".join(f"{name} {n:,}" for name, n in report.formats.items()),
+      "bytes      " + ", ".join(f"{name} {n / max(1, report.size):.1%}"
+                                for name, n in shares.items() if n > 0),
   ]
   if good:
-    width, height = report.sides.T
-    head = "".join(f"{q:>9}" for q in ("least", "5 %", "median", "95 %", "most"))
-    unit = "latent px" if report.kind == "moments" else "px"
-    lines += ["", " " * 22 + head]
-    for name, values in ((f"width, {unit}", width), (f"height, {unit}", height),
-                         (f"short side, {unit}", np.minimum(width, height)),
-                         ("caption, characters", report.caption_lengths)):
-      lines.append(f"{name:<22}" + "".join(f"{q:>9,.0f}" for q in np.percentile(values, QUANTILES)))
-    lines += ["", "aspect ratio, width : height", *_aspect_lines(width / height)]
-    empty = int(np.sum(report.caption_lengths == 0))
-    lines += ["", f"empty captions  {empty:,}  ({empty / good:.1%})"]
+    lines += _statistics(report)
   lines += ["", "broken          " + ("none" if not report.broken else "")]
   for reason, n in report.broken.items():
     example = report.examples.get(reason)
@@ -108,28 +121,95 @@ def format_report(report: Report) -> str:
   return "\n".join(line.rstrip() for line in lines)
 
 
-def _look_at_picture(index, sample):
-  parts = index.read(sample, (*shards.PICTURES, *captions.PARTS))
-  blob = next(parts[part] for part in shards.PICTURES if part in parts)
+def _statistics(report: Report) -> list[str]:
+  """Lines on the good samples, of which there are some."""
+  good, (width, height) = len(report.sides), report.sides.T
+  unit = "latent px" if report.kind == "moments" else "px"
+  head = "".join(f"{q:>9}" for q in ("least", "5 %", "median", "95 %", "most"))
+  lines = ["", " " * 22 + head + ("  missing" if report.scores else "")]
+  for name, values in ((f"width, {unit}", width), (f"height, {unit}", height),
+                       (f"short side, {unit}", np.minimum(width, height)),
+                       ("caption, characters", report.caption_lengths)):
+    lines.append(f"{name:<22}" + "".join(f"{q:>9,.0f}" for q in np.percentile(values, QUANTILES)))
+  for name, values in report.scores.items():
+    lines.append(f"{name:<22}" + "".join(f"{q:>9.3g}" for q in np.percentile(values, QUANTILES))
+                 + f"{good - len(values):>9,}")
+  lines += ["", "aspect ratio, width : height", *_aspect_lines(width / height)]
+  empty = int(np.sum(report.caption_lengths == 0))
+  return [*lines, "", f"empty captions  {empty:,}  ({empty / good:.1%})"]
+
+
+def sheet(source: sources.Source, count: int) -> Image.Image:
+  """A page with the first `count` pictures that can be read, whole, and their first captions.
+
+  Raises:
+    UserError: a source of moments, or not one picture can be read.
+  """
+  if source.kind == "moments":
+    raise UserError("a latents cache holds no pictures to draw; give the ones it was made of")
+  cells, texts = [], []
+  for sample in range(source.count):
+    try:
+      cells.append(_cell(source, sample))
+    except images.BadPicture:
+      continue
+    try:
+      texts.append(captions.choices(source.facts(sample))[0])
+    except ValueError:
+      texts.append("(unreadable caption)")
+    if len(cells) == count:
+      break
+  if not cells:
+    raise UserError("not one of these pictures can be read; look without --sheet")
+  labels = [text if len(text) <= CAPTION else f"{text[:CAPTION]}…" for text in texts]
+  return pictures.grid(np.stack(cells), labels)
+
+
+def _cell(source: sources.Source, sample: int) -> np.ndarray:
+  """A picture in the middle of a square, uint8 [CELL_PX CELL_PX 3]."""
+  parts, facts = source.read(sample)
+  sides = source.sizes(np.array([sample]))[0]
+  height, width = (max(1, math.floor(CELL_PX * side / max(1, *sides))) for side in sides)
+  pixels = images.decode(next(iter(parts.values())), (height, width),
+                         orientation=images.orientation_of(facts.get("exif")))
+  top, left = (CELL_PX - height) // 2, (CELL_PX - width) // 2
+  cell = np.full((CELL_PX, CELL_PX, 3), pictures.PAGE, np.uint8)
+  cell[top:top + height, left:left + width] = pixels
+  return cell
+
+
+def _look_at_picture(parts, facts):
+  blob = next(iter(parts.values()))
   header = images.read_header(blob)
   images.decode(blob, (8, 8))  # the smallest scale still reads every byte of a JPEG
   sides = (header.width, header.height)
-  turned = sides[::-1] if header.orientation >= 5 else sides
-  return f"{header.format} {header.mode}", turned, _caption_length(parts)
+  orientation = header.orientation
+  if orientation == 1:
+    orientation = images.orientation_of(facts.get("exif"))
+  return f"{header.format} {header.mode}", sides[::-1] if orientation >= 5 else sides, (
+      _caption_length(facts))
 
 
-def _look_at_moments(index, sample):
-  parts = index.read(sample, (shards.MOMENTS, *captions.PARTS))
-  moments = pipeline.read_moments(parts[shards.MOMENTS])
+def _look_at_moments(parts, facts):
+  moments = pipeline.read_moments(next(iter(parts.values())))
   height, width, channels = moments.shape
-  return f"moments of {channels // 2} channels", (width, height), _caption_length(parts)
+  return f"moments of {channels // 2} channels", (width, height), _caption_length(facts)
 
 
-def _caption_length(parts) -> int:
+def _caption_length(facts) -> int:
   try:
-    return len(captions.captions_of(parts)[0])
+    return len(captions.choices(facts)[0])
   except ValueError as error:
     raise images.BadPicture("unreadable caption") from error
+
+
+def _number(value) -> float | None:
+  """A score, which tables of text may hold as text."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    return None
+  return number if math.isfinite(number) else None
 
 
 def _aspect_lines(aspects: np.ndarray) -> list[str]:

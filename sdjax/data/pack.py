@@ -24,12 +24,13 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from sdjax.data import images
-from sdjax.data.shards import MOMENTS, PICTURES
+from sdjax.data.index import MOMENTS, PICTURES
 from sdjax.errors import UserError
 from sdjax.files import temporary_beside
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
+SPACES = str.maketrans("_-", "  ")  # in names of folders that are captions
 SAMPLE_DIGITS = 4
 AHEAD = 32  # pictures converted before they are written: a bound on memory
 
@@ -89,8 +90,9 @@ def find_sources(folder: str | Path) -> list[Source]:
   """Pictures of a folder (and folders in it) and their captions, sorted by name.
 
   From `metadata.jsonl` or `metadata.csv` if there is one (file_name, and text or caption, or a list
-  "captions"; other columns go into the samples' json), else every picture `name.jpg` (png, webp …)
-  with its `name.txt`; without one, the caption is empty.
+  "captions"; the list and other columns are facts, which go into the samples' json), else every
+  picture `name.jpg` (png, webp …) with its `name.txt`. Without one, the caption is the name of the
+  sub-folder that the picture lies in, `_` and `-` as spaces; at the top it is empty.
 
   Raises:
     UserError: no folder, nothing in it, or a bad line (named by its number).
@@ -129,7 +131,7 @@ def convert(folder: Path, source: Source, quality: int) -> dict | Failure:
   facts = {
       **source.facts, "url": source.facts.get("url", source.name),
       "width": picture.width, "height": picture.height,
-      "original_width": header.width, "original_height": header.height,
+      "original_width": picture.width, "original_height": picture.height,
       "exif": _exif(original), "sha256": hashlib.sha256(original).hexdigest(),
   }
   return {"jpg": blob, "txt": source.caption, "json": facts}
@@ -236,13 +238,17 @@ def _members(key: str, sample: dict) -> dict[str, bytes]:
 def _from_files(folder: Path) -> list[Source]:
   sources = []
   for path in sorted(folder.rglob("*")):
-    if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("."):
+    name = path.relative_to(folder)
+    if any(part.startswith(".") for part in name.parts):
+      continue  # what macOS, notebooks and git keep for themselves
+    if path.suffix.lower() in SUFFIXES and path.is_file():
       text = path.with_suffix(".txt")
       try:
-        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        caption = (text.read_text(encoding="utf-8") if text.is_file()
+                   else name.parent.name.translate(SPACES))
       except UnicodeDecodeError as error:
         raise UserError(f"{text} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-      sources.append(Source(str(path.relative_to(folder)), caption, {}))
+      sources.append(Source(str(name), caption.strip(), {}))
   return sources
 
 
@@ -255,14 +261,23 @@ def _from_metadata(path: Path) -> list[Source]:
       if not isinstance(name, str) or not name:
         raise UserError(f"{path} line {number}: no file_name; give the picture's name")
       caption = next((row.pop(column) for column in ("text", "caption") if column in row), None)
-      if caption is None and row.get("captions"):
-        caption = row["captions"][0]
+      if several := _texts(row.pop("captions", None)):
+        row["captions"] = several
+        caption = several[0] if caption is None else caption
       if not isinstance(caption, str):
-        raise UserError(f"{path} line {number}: no text for {name}; give text or caption")
+        raise UserError(f"{path} line {number}: no text for {name}; give text, caption or captions")
       sources.append(Source(name, caption.strip(), row))
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
   return sorted(sources, key=lambda source: source.name)
+
+
+def _texts(captions) -> list[str]:
+  """What "captions" says: a list of texts, or just one where a .csv knows no lists."""
+  captions = [captions] if isinstance(captions, str) else captions
+  if not isinstance(captions, list):
+    return []
+  return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict]]:

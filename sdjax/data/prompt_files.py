@@ -87,8 +87,8 @@ def read(path: str | Path) -> list[Line]:
   """Reads a list of prompts. Paths that it gives are returned as seen from here.
 
   Raises:
-    UserError: a line that cannot be read (by its number), a file without prompts or of another
-      kind, or a .parquet where pyarrow is not installed.
+    UserError: a line that cannot be read (by its number), or a file without prompts or of another
+      kind.
   """
   path = Path(path)
   if not path.is_file():
@@ -183,12 +183,8 @@ def _value(name: str, text: str, where: str) -> object:
 
 
 def _read_parquet(path: Path) -> Iterator[Line]:
-  try:
-    import pyarrow
-    from pyarrow import parquet
-  except ImportError as error:
-    raise UserError(f"{path} needs pyarrow: pip install 'sdjax[parquet]', or write the list as "
-                    ".jsonl") from error
+  import pyarrow  # here: lists of other kinds do not wait for it
+  from pyarrow import parquet
   try:
     with parquet.ParquetFile(path) as file:
       check(dict.fromkeys(file.schema_arrow.names), f"{path}: column ")

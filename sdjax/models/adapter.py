@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.errors import UserError
-from sdjax.models.layers import conv3x3
+from sdjax.models.layers import conv1x1, conv3x3
 
 # Kind -> which levels begin by halving height and width. The light one has narrower blocks too.
 KINDS = {
@@ -42,7 +42,7 @@ class ResnetBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:  # [b h w c]
     c = x.shape[-1]
     h = nn.relu(conv3x3(c, self.dtype, "block1")(x))
-    second = conv3x3(c, self.dtype, "block2") if self.light else _conv1x1(c, self.dtype, "block2")
+    second = conv3x3(c, self.dtype, "block2") if self.light else conv1x1(c, self.dtype, "block2")
     return x + second(h)
 
 
@@ -69,10 +69,10 @@ class Level(nn.Module):
       x = nn.avg_pool(x, (2, 2), (2, 2), padding="SAME", count_include_pad=False)
     width = self.features // 4 if self.light else self.features
     if self.light or x.shape[-1] != width:
-      x = _conv1x1(width, self.dtype, "in_conv")(x)
+      x = conv1x1(width, self.dtype, "in_conv")(x)
     for i in range(self.blocks):
       x = ResnetBlock(self.light, self.dtype, name=f"resnets_{i}")(x)
-    return _conv1x1(self.features, self.dtype, "out_conv")(x) if self.light else x
+    return conv1x1(self.features, self.dtype, "out_conv")(x) if self.light else x
 
 
 class Levels(nn.Module):
@@ -135,6 +135,3 @@ class T2IAdapter(nn.Module):
     features = levels(pixel_unshuffle(hint, self.downscale_factor))
     return tuple(x.astype(jnp.float32) for x in features)
 
-
-def _conv1x1(features: int, dtype: str, name: str) -> nn.Conv:
-  return nn.Conv(features, (1, 1), dtype=dtype, name=name)

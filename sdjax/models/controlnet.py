@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sdjax.models.layers import conv3x3
+from sdjax.models.layers import conv1x1, conv3x3
 from sdjax.models.unet import Condition, Encoder
 
 
@@ -73,7 +73,7 @@ class ControlNet(Encoder):
     x, skips = self.descend(x, time, condition.context, train=False)
 
     names = [f"controlnet_down_blocks_{i}" for i in range(len(skips))] + ["controlnet_mid_block"]
-    residuals = [nn.Conv(y.shape[-1], (1, 1), dtype=self.dtype, name=name)(y)
+    residuals = [conv1x1(y.shape[-1], self.dtype, name)(y)
                  for name, y in zip(names, [*skips, x], strict=True)]
     if self.pool:
       residuals = [y.mean(axis=(1, 2), keepdims=True) for y in residuals]

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 
 from sdjax.models.attention import attention
 
+# Of all kernels: Linen traces what would draw them at every `apply`, only to compare shapes.
+# `initializers.draw` draws parameters.
+ZEROS = nn.initializers.zeros_init()
+
 
 def group_norm(groups: int, epsilon: float, name: str) -> nn.GroupNorm:
   """Returns a GroupNorm in float32. E[(x - mean)²] keeps the digits that E[x²] - mean² loses."""
@@ -36,7 +40,8 @@ def multiply_rows(x, kernel, dimension_numbers, precision=None, preferred_elemen
 
 def dense(features: int, dtype: str, name: str, bias: bool = True) -> nn.Dense:
   """Returns a Dense layer along the last axis."""
-  return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=multiply_rows, name=name)
+  return nn.Dense(features, use_bias=bias, dtype=dtype, dot_general=multiply_rows,
+                  kernel_init=ZEROS, name=name)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -49,7 +54,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def conv3x3(features: int, dtype: str, name: str, stride: int = 1, padding=1) -> nn.Conv:
   """Returns a 3×3 convolution padded as PyTorch pads: "SAME" would differ at stride 2."""
-  return nn.Conv(features, (3, 3), stride, padding=padding, dtype=dtype, name=name)
+  return nn.Conv(features, (3, 3), stride, padding=padding, dtype=dtype, kernel_init=ZEROS,
+                 name=name)
+
+
+def conv1x1(features: int, dtype: str, name: str) -> nn.Conv:
+  """Returns a 1×1 convolution."""
+  return nn.Conv(features, (1, 1), dtype=dtype, kernel_init=ZEROS, name=name)
 
 
 def multi_head_attention(
@@ -114,7 +125,7 @@ class ResnetBlock(nn.Module):
     h = conv3x3(self.features, self.dtype, "conv2")(h)
 
     if x.shape[-1] != self.features:
-      x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+      x = conv1x1(self.features, self.dtype, "conv_shortcut")(x)
     return x + h
 
 

@@ -24,6 +24,7 @@ from sdjax.models.layers import (
   Downsample,
   ResnetBlock,
   Upsample,
+  conv1x1,
   conv3x3,
   dense,
   gelu,
@@ -32,6 +33,7 @@ from sdjax.models.layers import (
   multi_head_attention,
 )
 from sdjax.models.perturbed_attention import perturbed_attention
+from sdjax.models.remat import POLICIES, named_outputs
 
 
 def sinusoids(
@@ -143,10 +145,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:  # [b h w c], [b l d]
     b, h, w, c = x.shape
-    if self.linear_projection:
-      project = functools.partial(dense, c, self.dtype)
-    else:
-      project = functools.partial(nn.Conv, c, (1, 1), dtype=self.dtype)
+    project = functools.partial(dense if self.linear_projection else conv1x1, c, self.dtype)
 
     y = project(name="proj_in")(group_norm(self.groups, 1e-6, "norm")(x)).reshape(b, h * w, c)
     for i in range(self.layers):
@@ -281,8 +280,7 @@ class Encoder(nn.Module):
     mid_block: whether the lowest level has blocks of its own (mid_block_type).
     dropout: rate in the residual blocks while training.
     dtype: of convolutions and matrix products.
-    remat: "none", or "blocks": the backward pass computes the inside of each ResnetBlock and
-      Transformer again instead of keeping it in memory.
+    remat: what the backward pass computes again, a key of `remat.POLICIES`.
   """
   in_channels: int = 4
   block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -347,7 +345,7 @@ class Encoder(nn.Module):
 
   def level(self, i: int, train: bool, middle: bool = False) -> dict:
     """Returns the fields that the blocks of level i (-1: the last) have on both ways."""
-    rematerialize = {"none": lambda module: module, "blocks": nn.remat}[self.remat]
+    rematerialize = POLICIES[self.remat]
     heads, layers, self_attention = (
         value[i] if isinstance(value, tuple) else value
         for value in (self.num_heads, self.transformer_layers, self.self_attention))
@@ -416,7 +414,8 @@ class UNet(Encoder):
     """
     time = self.embed(t, condition)
     x = conv3x3(self.block_out_channels[0], self.dtype, "conv_in")(x)
-    with perturbed_attention(self.perturbed_layers, condition.perturbed):
+    with (named_outputs(self.remat),
+          perturbed_attention(self.perturbed_layers, condition.perturbed)):
       x, skips = self.descend(x, time, condition.context, train, features)
       if residuals:
         skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]

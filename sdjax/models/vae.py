@@ -20,6 +20,7 @@ from sdjax.models.layers import (
   Downsample,
   ResnetBlock,
   Upsample,
+  conv1x1,
   conv3x3,
   group_norm,
 )
@@ -160,15 +161,14 @@ class AutoencoderKL(nn.Module):
         norm_groups=self.norm_groups, mid_block_attention=self.mid_block_attention,
         dtype=self.dtype)
     moments = 2 * self.latent_channels
-    conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
     self.encoder = Encoder(moments, **shared)
     self.decoder = Decoder(self.out_channels, **shared)
     # Not under the names of their parameters, which are those of fields.
     self.to_moments = self.from_latents = lambda x: x
     if self.quant_conv:
-      self.to_moments = conv1x1(moments, name="quant_conv")
+      self.to_moments = conv1x1(moments, self.dtype, "quant_conv")
     if self.post_quant_conv:
-      self.from_latents = conv1x1(self.latent_channels, name="post_quant_conv")
+      self.from_latents = conv1x1(self.latent_channels, self.dtype, "post_quant_conv")
 
   def encode(self, image: jax.Array) -> jax.Array:
     """Returns mean and log variance [b h w 2c] float32 of images [b H W 3] in [-1, 1]."""

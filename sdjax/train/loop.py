@@ -1,34 +1,51 @@
-"""The training loop: draw a batch, step, and log what the step before has found.
+"""The training loop: evaluate, save, draw a batch, step, and read what the step before has found.
 
 A run is a function of its config and its files. Everything that it carries is in the checkpoint,
 so that one killed at any moment and started again by the same command ends with the same numbers.
+Reading a number waits for the device; so those of a step are read while the next one runs, and
+the device waits for the host only where a state is evaluated or saved.
 """
 
 import contextlib
 import dataclasses
-import functools
 import logging
-import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 
 from sdjax import pictures, pytrees
 from sdjax.checkpoints import diffusers, train_state
-from sdjax.data import peek, shards
+from sdjax.data import peek
 from sdjax.data.pipeline import Pipeline
 from sdjax.data.prefetch import Prefetch
+from sdjax.data.sources import Source
 from sdjax.diffusion import objectives
-from sdjax.errors import UserError
+from sdjax.errors import Gone, UserError
 from sdjax.stable_diffusion import Params, StableDiffusion
-from sdjax.train import losses, metrics, model, optimizer, partitioning, preview, state, step
+from sdjax.train import (
+  batches,
+  losses,
+  metrics,
+  model,
+  optimizer,
+  partitioning,
+  preview,
+  programs,
+  state,
+  step,
+  validation,
+)
+from sdjax.train.goodput import Goodput
+from sdjax.train.journal import Journal
+from sdjax.train.stopping import Stopping
+from sdjax.train.watchdog import Watchdog
 
 log = logging.getLogger("sdjax")
 TASKS = ("autoencoder", "diffusion")
+Evaluate = Callable[[int, Params], dict[str, float]]  # step, averaged parameters -> numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +53,9 @@ class Run:
   """What does not change while a run goes on."""
   config: Any
   workdir: Path
-  index: shards.Index
+  source: Source  # the first one
   pipeline: Pipeline
+  held_out: Pipeline | None  # of the validation data
   sd: StableDiffusion
   tx: Any
   shapes: state.TrainState
@@ -46,6 +64,9 @@ class Run:
 
 def train(config: Any, workdir: str | Path) -> Path:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the end.
+
+  SIGTERM or Ctrl-C, given to any process, stops all after the same step, which is saved; a second
+  one ends the process at once.
 
   Args:
     config: as `configs.common.defaults` has it.
@@ -57,7 +78,11 @@ def train(config: Any, workdir: str | Path) -> Path:
 
   Raises:
     UserError: for data, a mesh, a model or a checkpoint that do not fit the config.
+    Diverged: for too many steps in a row whose loss or gradient is not finite.
+    Gone: for data or checkpoints that were there.
+    KeyboardInterrupt, SystemExit: stopped by Ctrl-C, or by SIGTERM with code 143.
   """
+  goodput = Goodput()
   if "://" in str(workdir):
     raise UserError(f"--workdir {workdir} is a URL; give a folder that every host sees, such as "
                     "the bucket's mount point")
@@ -65,49 +90,49 @@ def train(config: Any, workdir: str | Path) -> Path:
   mesh = partitioning.make_mesh(config.mesh.to_dict())
   with jax.set_mesh(mesh):
     run, params = prepare(config, workdir, mesh)
-    with contextlib.closing(
-        train_state.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)) as saved:
+    with contextlib.closing(train_state.Checkpoints(
+        workdir / "checkpoints", keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every)) as saved:
       now, start = begin(run, params, saved)
-      now = steps(run, mesh, now, start, saved)
+      del params
+      now = steps(run, mesh, now, start, saved, goodput)
       return export(run, now)
 
 
 def prepare(config: Any, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Run, Params]:
-  """Reads the data's index, builds the model and decides where each array goes."""
+  """Opens the data, builds the model and decides where each array goes."""
   if config.task not in TASKS:
     raise UserError(f"config.task {config.task!r} is not known; choose one of {TASKS}")
-  if config.total_steps < 1:
-    raise UserError(f"config.total_steps is {config.total_steps}; train for at least 1 step")
-  index = shards.build_index(config.data.urls)
-  sd, params = model.build(config, index)
-  side = config.data.resolution
-  if config.task == "autoencoder" and index.kind == "moments":
+  for name in ("total_steps", "log_every_steps"):
+    if config[name] < 1:
+      raise UserError(f"config.{name} is {config[name]}; give at least 1 step")
+  sources, weights = batches.open_sources(config)
+  if config.task == "autoencoder" and sources[0].kind == "moments":
     raise UserError("these shards hold latents; an autoencoder trains on images")
-  pipeline = Pipeline(
-      index, batch_size=config.data.batch_size, seed=config.seed, size=(side, side),
-      tokenize=sd.tokenize if config.task == "diffusion" else None,
-      caption_dropout=config.data.caption_dropout, random_crop=config.data.random_crop,
-      flip=config.data.random_flip)
+  sd, params = model.build(config, sources[0])
+  pipeline = batches.make(config, sd, params, sources, weights)
+  held_out = validation.open_pipeline(config, sd, params)
   tx = optimizer.make(config.optimizer, config.total_steps)
   shapes = state.shapes(*model.split(params, config.trainable), tx)
   shardings = partitioning.shardings(shapes, mesh, config.partition)
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    train_state.save_config(workdir, config)
   moving = pytrees.count(shapes.params)
   log.info("%s model: %s parameters, %s of them training; %s samples; mesh %s", config.task,
-           f"{pytrees.count(params):,}", f"{moving:,}", f"{index.count:,}", dict(mesh.shape))
-  return Run(config, workdir, index, pipeline, sd, tx, shapes, shardings), params
+           f"{pytrees.count(params):,}", f"{moving:,}", f"{pipeline.count:,}", dict(mesh.shape))
+  return Run(config, workdir, sources[0], pipeline, held_out, sd, tx, shapes, shardings), params
 
 
 def begin(run: Run, params: Params, saved: train_state.Checkpoints) -> tuple[state.TrainState, int]:
   """Returns the state to go on from and its step."""
-  newest = saved.latest_step()
-  if newest is None:
-    trained, frozen = model.split(params, run.config.trainable)
-    return state.create(trained, frozen, run.tx, run.config.seed, run.shardings), 0
-  now, position = saved.restore(newest, run.shapes, run.shardings)
-  log.info("going on from step %d of %s", newest, saved.folder)
+  config = run.config
+  found = saved.restore_newest(run.shapes, run.shardings,
+                               None if config.resume_changed else train_state.plain(config))
+  if jax.process_index() == 0:
+    train_state.save_config(run.workdir, config)
+  if found is None:
+    trained, frozen = model.split(params, config.trainable)
+    return state.create(trained, frozen, run.tx, config.seed, run.shardings), 0
+  number, now, position = found
+  log.info("going on from step %d of %s", number, saved.folder)
   return now, run.pipeline.restore(position)
 
 
@@ -121,85 +146,106 @@ def loss_of(run: Run) -> losses.Loss:
 
 
 def steps(run: Run, mesh: jax.sharding.Mesh, now: state.TrainState, start: int,
-          saved: train_state.Checkpoints) -> state.TrainState:
+          saved: train_state.Checkpoints, goodput: Goodput) -> state.TrainState:
   """Runs the steps from `start` to the end of the config, and returns the last state."""
   config, total = run.config, run.config.total_steps
   is_main = jax.process_index() == 0
-  advance = jax.jit(
-      functools.partial(step.train_step, loss_fn=loss_of(run), tx=run.tx,
-                        ema_decay=config.ema_decay),
-      donate_argnums=0, out_shardings=(run.shardings, None))
-  rate = optimizer.learning_rate(config.optimizer, total)
-  draw_preview = previewer(run)
-  writer = metrics.Writer(run.workdir, from_step=start, enabled=is_main)
+  writer = metrics.Writer(run.workdir, from_step=start, enabled=is_main,
+                          wandb_project=config.wandb_project, config=train_state.plain(config))
+  evaluations = [(config.validation.every_steps, validator(run, mesh)),
+                 (config.preview.every_steps, previewer(run, writer))]
   bar = tqdm.tqdm(total=total, initial=start, unit="step", desc=config.task, smoothing=0.05,
                   disable=not is_main, mininterval=0.5)
   with (contextlib.closing(writer), Prefetch(run.pipeline, mesh, start) as data,
-        Interruption() as interrupted, bar):
-    clock = Clock(start)
-    previous = None
-    for number in range(start, total):
-      if due(number, config.preview.every_steps) and number > start:
-        draw_preview(number, now, writer)
-      if number > start and (due(number, config.checkpoint.every_steps) or interrupted.asked):
-        saved.save(number, now, data.position())
-      if interrupted.asked:
-        raise KeyboardInterrupt
-      with clock.waiting():
-        batch = next(data)
-      now, found = advance(now, batch)
+        Stopping(mesh) as stopping, Watchdog(config.watchdog_s) as watch, bar):
+    advance = programs.Programs(step.jitted(config, mesh, loss_of(run), run.tx, run.shardings),
+                                config.accumulate, goodput, watch)
+    goodput.go_on(writer.kept, writer.dropped)
+    goodput.switch("step")
+    journal = Journal(config, run.pipeline, writer, goodput, watch, bar, start)
+    for number in range(start, total + 1):
+      # `number` updates have been made; the device may still be at the last one.
+      is_last = number == total
+      stop_for = stopping.agreed() if number > start else 0
+      saves = stop_for or is_last or due(number, config.checkpoint.every_steps)
+      wanted = [evaluate for every_steps, evaluate in evaluations
+                if due(number, every_steps, total) and not stop_for]
+      if number > start and (saves or wanted):
+        journal.wait(but=0)
+        watch.be_patient()
+        found = {}
+        with goodput.doing("evaluation"):
+          for evaluate in wanted:
+            found |= evaluate(number, now.frozen | now.ema)
+        is_best = False
+        if found or due(number, config.log_every_steps, total):
+          is_best = journal.write(found)
+        if saves:
+          with goodput.doing("save"):
+            saved.save(number, now, data.position(), train_state.plain(config))
+            if is_best:
+              saved.mark_best(number)
+        if stop_for:
+          stopping.leave(stop_for, number)
+      if is_last:
+        return now
+      with goodput.doing("data_wait"):
+        batch = draw_batch(data)
+      now, found, operations = advance(now, batch)
+      journal.begun(found, operations)
       # Reading a step's numbers waits for it; the step before is done while this one runs.
-      if previous is not None and due(number, config.log_every_steps):
-        report(number, previous, rate, clock, run, writer, bar)
-      previous = found
-      bar.update()
-    if previous is not None:
-      report(total, previous, rate, clock, run, writer, bar)
-      saved.save(total, now, data.position())
-      draw_preview(total, now, writer)
-  return now
+      if journal.wait(but=1) and due(number, config.log_every_steps):
+        journal.write({})
 
 
-def due(number: int, every_steps: int) -> bool:
-  """Whether something that happens every so many steps happens after `number` of them."""
-  return every_steps > 0 and number % every_steps == 0
+def due(number: int, every_steps: int, total: int = 0) -> bool:
+  """Whether what happens every so many steps, 0 for never, and at step `total`, happens now."""
+  return every_steps > 0 and (number % every_steps == 0 or number == total)
 
 
-def report(number: int, found: dict[str, jax.Array], rate: Any, clock: "Clock", run: Run,
-           writer: metrics.Writer, bar: tqdm.tqdm) -> None:
-  """Writes the numbers of update `number`."""
-  values = {name: float(value) for name, value in jax.device_get(found).items()}
-  if not np.isfinite(values["loss"]):
-    raise UserError(
-        f"the loss is {values['loss']} at step {number}; lower config.optimizer.learning_rate, "
-        "raise warmup_steps, or resume from an earlier checkpoint")
-  values["learning_rate"] = float(rate(number - 1))
-  values |= clock.lap(number, run.config.data.batch_size)
-  values["skipped_samples"] = float(run.pipeline.counters.total())
-  writer.scalars(number, values)
-  bar.set_postfix_str(f"loss {values['loss']:.3f}  {values['images_per_s']:.0f} images/s",
-                      refresh=False)
+def draw_batch(data: Prefetch) -> losses.Batch:
+  """Returns the next batch.
+
+  Raises:
+    Gone: it cannot be read.
+  """
+  try:
+    return next(data)
+  except OSError as error:
+    where = f"{error.filename}: " if error.filename else ""
+    raise Gone(f"the training data cannot be read any more ({where}{error.strerror or error}); "
+               "bring it back, and the same command goes on") from error
 
 
-def previewer(run: Run):
-  """Returns (step, state, writer) -> None, which draws what the average can do by now."""
+def validator(run: Run, mesh: jax.sharding.Mesh) -> Evaluate:
+  """Returns what measures the validation losses, where there is validation data."""
+  if run.held_out is None:
+    return lambda *_: {}
+  measure = validation.make(run.config, run.sd, run.held_out, mesh)
+  return lambda number, params: measure(params)
+
+
+def previewer(run: Run, writer: metrics.Writer) -> Evaluate:
+  """Returns what draws pictures, and writes them beside the metrics."""
   config = run.config.preview
   side = run.config.data.resolution
   if config.every_steps == 0:
-    return lambda *_: None
+    return lambda *_: {}
   if run.config.task == "autoencoder":
-    originals = peek.first_images(run.index, config.count, side)
+    originals = peek.first_images(run.source, config.count, side)
     draw = lambda params: preview.autoencoder(run.sd, params, originals)
   else:
     prompts = list(config.prompts)[: config.count] or [
-        captions[0] for captions in peek.first_captions(run.index, config.count)]
+        captions[0] for captions in peek.first_captions(
+            run.source, config.count, run.config.data.caption_column)]
     draw = lambda params: preview.diffusion(config, run.sd, params, side, prompts)
 
-  def draw_and_write(number, now, writer):
-    grid = draw(now.frozen | now.ema)
+  def draw_and_write(number, params):
+    grid = draw(params)
     if jax.process_index() == 0:
       pictures.save_png(run.workdir / "previews" / f"{number:07d}.png", grid)
       writer.picture(number, "preview", grid)
+    return {}
   return draw_and_write
 
 
@@ -207,54 +253,8 @@ def export(run: Run, now: state.TrainState) -> Path:
   """Writes the averaged parameters as a diffusers folder, `workdir`/model."""
   sd, params = run.sd.astype("float32"), model.to_host(now.frozen | now.ema)
   if run.config.task == "autoencoder":
-    sd, params = model.standardize(sd, params, run.index, run.config.data.resolution)
+    sd, params = model.standardize(sd, params, run.source, run.config.data.resolution)
   folder = run.workdir / "model"
   if jax.process_index() == 0:
     diffusers.save(folder, sd, params)
   return folder
-
-
-class Clock:
-  """Measures images per second and the share of time spent waiting for data."""
-
-  def __init__(self, number: int):
-    self._began, self._number, self._waited_s = time.monotonic(), number, 0.0
-
-  @contextlib.contextmanager
-  def waiting(self):
-    """Times one wait for data."""
-    began = time.monotonic()
-    yield
-    self._waited_s += time.monotonic() - began
-
-  def lap(self, number: int, batch_size: int) -> dict[str, float]:
-    """Returns what happened since the last lap, and begins another."""
-    elapsed = max(time.monotonic() - self._began, 1e-9)
-    images = (number - self._number) * batch_size
-    lap = {"images_per_s": images / elapsed, "data_wait_share": self._waited_s / elapsed}
-    self._began, self._number, self._waited_s = time.monotonic(), number, 0.0
-    return lap
-
-
-class Interruption:
-  """Turns Ctrl-C into a wish: the loop saves at the next step, then stops.
-
-  A second Ctrl-C stops at once. With several processes the default handler stays: they would
-  save at different steps.
-  """
-  asked = False
-
-  def __enter__(self):
-    self._before = signal.getsignal(signal.SIGINT)
-    if jax.process_count() == 1:
-      with contextlib.suppress(ValueError):  # signals belong to the main thread
-        signal.signal(signal.SIGINT, self._ask)
-    return self
-
-  def _ask(self, *_):
-    self.asked = True
-    signal.signal(signal.SIGINT, self._before)
-
-  def __exit__(self, *_):
-    with contextlib.suppress(ValueError):
-      signal.signal(signal.SIGINT, self._before)

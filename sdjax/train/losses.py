@@ -11,11 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.diffusion import objectives
-from sdjax.stable_diffusion import StableDiffusion
+from sdjax.stable_diffusion import Condition, StableDiffusion
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+def to_unit(image: jax.Array) -> jax.Array:  # uint8 [b H W 3] -> float32
+  """Returns 0 … 255 as -1 … 1: what a batch holds, as networks want it."""
+  return image.astype(jnp.float32) * (2 / 255) - 1
 
 
 def autoencoder(sd: StableDiffusion, kl_weight: float) -> Loss:
@@ -26,7 +31,7 @@ def autoencoder(sd: StableDiffusion, kl_weight: float) -> Loss:
   """
   def loss_fn(params, frozen, batch, key):
     params = frozen | params
-    image = batch["image"]
+    image = to_unit(batch["image"])
     moments = sd.moments(params, image)
     latents = sd.latents(moments, key)
     error = sd.decode_latents(params, latents) - image
@@ -41,16 +46,20 @@ def autoencoder(sd: StableDiffusion, kl_weight: float) -> Loss:
 
 
 def diffusion(sd: StableDiffusion, objective: objectives.Objective) -> Loss:
-  """The weighted denoising loss of `objectives`, with the condition from the batch's tokens."""
+  """The weighted denoising loss of `objectives`, under the batch's tokens or states of texts."""
   def loss_fn(params, frozen, batch, key):
     key_latents, key_corrupt, key_dropout = jax.random.split(key, 3)
     params = frozen | params
-    moments = batch["moments"] if "moments" in batch else sd.moments(params, batch["image"])
+    moments = (batch["moments"] if "moments" in batch
+               else sd.moments(params, to_unit(batch["image"])))
     x0 = jax.lax.stop_gradient(sd.latents(moments, key_latents))
     noisy = objectives.corrupt(objective, key_corrupt, x0)
-    prediction = sd.predict(
-        params, noisy.x_t, noisy.t, sd.encode_text(params, batch["tokens"]),
-        train=True, rngs={"dropout": key_dropout})
+    if "context" in batch:
+      condition = Condition(batch["context"], batch.get("pooled"), batch.get("size"))
+    else:
+      condition = sd.encode_text(params, batch["tokens"], batch.get("size"))
+    prediction = sd.predict(params, noisy.x_t, noisy.t, condition, train=True,
+                            rngs={"dropout": key_dropout})
     squared = jnp.mean(
         jnp.square(prediction.astype(jnp.float32) - noisy.target), axis=(1, 2, 3))
     return jnp.mean(batch["weight"] * noisy.weight * squared), {"mse": jnp.mean(squared)}

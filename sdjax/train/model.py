@@ -10,7 +10,7 @@ import numpy as np
 from sdjax import generate
 from sdjax.checkpoints import sources
 from sdjax.data import peek, tokenizer
-from sdjax.data.shards import Index
+from sdjax.data.sources import Source
 from sdjax.diffusion import schedules
 from sdjax.errors import UserError
 from sdjax.models import presets
@@ -20,12 +20,12 @@ CAPTIONS_READ = 20_000      # samples whose captions teach a tokenizer
 STANDARDIZED_ON = 512       # images that a new latent space is measured on
 
 
-def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
+def build(config: Any, source: Source) -> tuple[StableDiffusion, Params]:
   """Returns the model of a config and its float32 parameters on the host.
 
   Args:
     config: as `configs.common.defaults` has it.
-    index: of the training data; its captions teach a tokenizer where no folder brings one.
+    source: of the training data; its captions teach a tokenizer where no folder brings one.
 
   Raises:
     UserError: a folder whose noise schedule or prediction type is not the config's, a network in
@@ -41,13 +41,15 @@ def build(config: Any, index: Index) -> tuple[StableDiffusion, Params]:
         raise UserError(f"{config.init_from} was trained with {there}, the config says {here}; "
                         f"set config.{name} to match")
   else:
-    captions = itertools.chain.from_iterable(peek.first_captions(index, CAPTIONS_READ))
+    captions = itertools.chain.from_iterable(peek.first_captions(
+        source, CAPTIONS_READ, config.data.caption_column))
     words = tokenizer.train(captions, config.tokenizer.length, config.tokenizer.vocab_size)
     sd = new(config.model, words, wanted, prediction_type)
     params = None
-  if sd.is_xl or sd.unet.in_channels != sd.vae.latent_channels:
-    raise UserError(f"config.model {config.init_from or config.model} reads more than latents and "
-                    "one text, and its training is not there yet; train a model like sd15 or sd21")
+  if sd.size_numbers not in (0, 6) or sd.unet.in_channels != sd.vae.latent_channels:
+    raise UserError(f"config.model {config.init_from or config.model} reads more than latents, "
+                    "texts and sizes, and its training is not there yet; train a model like sd15, "
+                    "sd21 or sdxl")
   sd.latent_shape(config.data.resolution, config.data.resolution)  # refuses what it cannot halve
   params = params or sd.init(config.seed)
   unet = sd.unet.clone(sample_size=config.data.resolution // sd.vae.downsampling)
@@ -83,14 +85,14 @@ def to_host(params: Params) -> Params:
   return jax.tree.map(lambda leaf: jax.device_get(gather(leaf)), params)
 
 
-def standardize(sd: StableDiffusion, params: Params, index: Index,
+def standardize(sd: StableDiffusion, params: Params, source: Source,
                 side_px: int) -> tuple[StableDiffusion, Params]:
   """Scales and shifts a trained autoencoder's latents to mean 0, variance 1 per channel.
 
   Measured on the first images of the data set, posterior noise included: what Rombach et al.
   2022 (appendix G) do with one factor for all channels.
   """
-  images = peek.first_images(index, STANDARDIZED_ON, side_px)
+  images = peek.first_images(source, STANDARDIZED_ON, side_px)
   measure = jax.jit(sd.moments)
   moments = np.concatenate([
       measure(params, images[rows]) for rows in generate.batches(len(images), 32)])

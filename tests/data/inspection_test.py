@@ -1,11 +1,12 @@
 import numpy as np
 from PIL import Image
 
-from sdjax.data import inspection, pack, shards
+from sdjax.data import inspection, pack
+from sdjax.data.sources import open_source
 
 
 def test_report_counts_what_was_packed(make_shards):
-  report = inspection.inspect(shards.build_index(make_shards(bad=(3, 30))))
+  report = inspection.inspect(open_source(str(make_shards(bad=(3, 30)))))
   assert (report.samples, report.shards, len(report.sides)) == (50, 3, 48)
   assert report.formats == {"PNG RGB": 48} and report.broken == {"corrupt picture": 2}
   assert report.examples["corrupt picture"].endswith("00000.tar:000000003")
@@ -23,7 +24,7 @@ def test_aspects_and_captions_fall_into_their_bins(tmp_path):
     Image.new("RGB", side).save(folder / f"{i}.jpg")
     (folder / f"{i}.txt").write_text("x" * i)
   pack.pack(pack.find_sources(folder), folder, tmp_path / "out")
-  report = inspection.inspect(shards.build_index(tmp_path / "out"))
+  report = inspection.inspect(open_source(str(tmp_path / "out")))
   assert sorted(report.caption_lengths) == list(range(7))
   lines = inspection.format_report(report).splitlines()
   counts = {label: int(next(line for line in lines if line.strip().startswith(label))
@@ -35,5 +36,15 @@ def test_aspects_and_captions_fall_into_their_bins(tmp_path):
 
 
 def test_a_set_without_one_good_sample_is_reported_too(make_shards):
-  report = inspection.inspect(shards.build_index(make_shards(5, bad=range(5))))
+  report = inspection.inspect(open_source(str(make_shards(5, bad=range(5)))))
   assert "0 good of 5" in inspection.format_report(report)
+
+
+def test_samples_that_are_not_there_are_told_by_their_place(make_shards):
+  folder = make_shards(40)                       # of which the files beside the shards tell
+  first = folder / "00000.tar"
+  first.write_bytes(first.read_bytes()[:first.stat().st_size // 2])
+  report = inspection.inspect(open_source(str(folder)))
+  missing = 40 - len(report.sides)
+  assert 5 < missing < 15 and report.broken == {"missing sample": missing}
+  assert report.examples == {"missing sample": f"{first}, sample {20 - missing}"}

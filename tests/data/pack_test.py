@@ -57,7 +57,7 @@ def test_layout_is_img2datasets(folder, tmp_path):
                          "original_width", "original_height", "exif", "sha256"]
   assert facts["caption"] == "caption deep/c" and facts["url"] == "deep/c.jpeg"
   assert (facts["width"], facts["height"]) == (20, 50)
-  assert (facts["original_width"], facts["original_height"]) == (50, 20)
+  assert (facts["original_width"], facts["original_height"]) == (20, 50)  # upright, too
   assert json.loads(facts["exif"]) == {"Orientation": "6"}
   upright = Image.open(io.BytesIO(second["000010000.jpg"]))
   assert upright.size == (20, 50) and 0x0112 not in upright.getexif()

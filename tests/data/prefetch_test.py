@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.data.pipeline import Pipeline
+from sdjax.data.pipeline import Options, Pipeline
 from sdjax.data.prefetch import BATCH_SPEC, Prefetch, local_rows
+from sdjax.data.sources import open_source
 from sdjax.errors import UserError
 
 
@@ -18,8 +19,8 @@ def mesh_of(*shape):
                        axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-def make(index, **options):
-  return Pipeline(index, **{"batch_size": 8, "seed": 1, "size": (12, 12), **options})
+def make(source):
+  return Pipeline([source], batch_size=8, seed=1, options=Options(resolutions=((0, 12),)))
 
 
 def test_one_device_gets_the_batches_and_the_position_of_what_it_consumed(fifty):
@@ -28,7 +29,7 @@ def test_one_device_gets_the_batches_and_the_position_of_what_it_consumed(fifty)
     assert batches.position()["step"] == 5
     for step in range(5, 12):
       batch, host = next(batches), next(expected)
-      assert isinstance(batch["image"], jax.Array)
+      assert isinstance(batch["image"], jax.Array) and batch["image"].dtype == np.uint8
       np.testing.assert_array_equal(batch["image"], host["image"])
       assert batches.position() == make(fifty).position(step + 1)
   with pytest.raises(StopIteration):
@@ -37,9 +38,8 @@ def test_one_device_gets_the_batches_and_the_position_of_what_it_consumed(fifty)
 
 
 def test_errors_of_the_thread_are_raised_by_next(make_shards):
-  from sdjax.data import shards
   folder = make_shards()
-  pipeline = make(shards.build_index(folder))
+  pipeline = make(open_source(str(folder), strict=True))
   for path in folder.glob("*.tar"):
     path.unlink()
   batches = Prefetch(pipeline, mesh_of(1, 1, 1))
@@ -52,11 +52,13 @@ EIGHT = textwrap.dedent("""
     import json, sys
     import jax, numpy as np
     from jax.sharding import NamedSharding
-    from sdjax.data import prefetch, shards
-    from sdjax.data.pipeline import Pipeline
+    from sdjax.data import prefetch
+    from sdjax.data.pipeline import Options, Pipeline
+    from sdjax.data.sources import open_source
     from sdjax.errors import UserError
 
-    pipeline = Pipeline(shards.build_index(sys.argv[1]), batch_size=8, seed=1, size=(12, 12))
+    pipeline = Pipeline([open_source(sys.argv[1])], batch_size=8, seed=1,
+                        options=Options(resolutions=((0, 12),)))
     hosts = pipeline.batches()
     host = next(hosts)
     hosts.close()

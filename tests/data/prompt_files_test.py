@@ -1,9 +1,10 @@
 """Lists of prompts: four kinds of files that say the same, and errors that name the line."""
 
 import json
-import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sdjax.data import prompt_files
 from sdjax.errors import UserError
@@ -35,8 +36,6 @@ def test_all_kinds_of_files_say_the_same(tmp_path):
 
 
 def test_parquet(tmp_path):
-  pyarrow = pytest.importorskip("pyarrow")
-  from pyarrow import parquet
   table = pyarrow.table({
       "prompt": ["a cat", "a dog"], "seed": pyarrow.array([2**64 - 1, None], pyarrow.uint64()),
       "guidance_scale": pyarrow.array([3, None], pyarrow.int32())})
@@ -49,12 +48,6 @@ def test_parquet(tmp_path):
     prompt_files.read(tmp_path / "named.parquet")
   with pytest.raises(UserError, match="p2.parquet is no .parquet"):
     prompt_files.read(write(tmp_path, "p2.parquet", "a cat"))
-
-
-def test_parquet_without_pyarrow_names_the_remedy(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "pyarrow", None)
-  with pytest.raises(UserError, match=r"needs pyarrow: pip install 'sdjax\[parquet\]'"):
-    prompt_files.read(write(tmp_path, "p.parquet", ""))
 
 
 def test_text_keeps_the_numbers_of_its_lines(tmp_path):

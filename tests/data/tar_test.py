@@ -1,4 +1,5 @@
 import io
+import random
 import tarfile
 
 import pytest
@@ -48,6 +49,74 @@ def test_a_tar_cut_anywhere_keeps_exactly_the_samples_before_the_cut(tmp_path):
     headers = (cut - 512) // 1536 + 1
     assert list(found.samples) == list(whole)[:(headers - 1) // 2], cut
     assert found.truncated, cut
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_are_those_that_tarfile_finds(tmp_path, form):
+  with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers={"comment": "of all"}) as out:
+    for number, name in enumerate((
+        "0.jpg", "folder/", "x" * 90 + "/" + "y" * 60 + ".jpg", "ünï/0.txt", "link", "hard",
+        *([] if form == tarfile.USTAR_FORMAT else ["日本/" * 60 + "0.jpg"]), "last.json")):
+      member = tarfile.TarInfo(name)
+      member.mtime = 1234567890 + (0 if form != tarfile.PAX_FORMAT else 0.5)  # as webdataset's
+      member.type = {"folder/": tarfile.DIRTYPE, "link": tarfile.SYMTYPE,
+                     "hard": tarfile.LNKTYPE}.get(name, tarfile.REGTYPE)
+      member.linkname = "0.jpg" * 40 if name == "link" and form != tarfile.USTAR_FORMAT else "0.jpg"
+      member.size = number * 511 if member.isreg() else 0
+      out.addfile(member, io.BytesIO(b"d" * member.size))
+  with tarfile.open(tmp_path / "a.tar") as archive:
+    expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+  with open(tmp_path / "a.tar", "rb") as file:
+    assert list(tar.members(file, "a.tar")) == expected
+  assert len(expected) >= 4
+
+
+def _header(**fields):
+  """A header with fields of our own, which tarfile would not write."""
+  member = tarfile.TarInfo("0.jpg")
+  block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+  for place, value in fields.values():
+    block[place:place + len(value)] = value
+  block[148:156] = b" " * 8
+  block[148:156] = b"%06o\0 " % sum(block)
+  return bytes(block)
+
+
+def test_sizes_in_base_256_and_of_pax_records(tmp_path):
+  size = _header(size=(124, b"\x80" + (700).to_bytes(11, "big")))
+  record = b"17 comment=a\nb=c\n12 size=700\n"
+  pax = _header(size=(124, b"%011o\0" % len(record)), kind=(156, b"x")) + record.ljust(512, b"\0")
+  data = b"d" * 700 + bytes(324)
+  (tmp_path / "a.tar").write_bytes(size + data + pax + _header(name=(0, b"1.jpg")) + data
+                                   + bytes(1024))
+  assert tar.scan(tmp_path / "a.tar") == tar.Contents(
+      {"0": {"jpg": (512, 700)}, "1": {"jpg": (512 + 1024 + 1536, 700)}}, truncated=False)
+
+
+def test_sparse_files_are_refused(tmp_path):
+  (tmp_path / "a.tar").write_bytes(_header(kind=(156, b"S")) + bytes(1024))
+  with pytest.raises(UserError, match="sparse"):
+    tar.scan(tmp_path / "a.tar")
+
+
+def test_damage_of_any_kind_ends_the_scan_and_nothing_else(tmp_path):
+  rng = random.Random(0)
+  for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+    write(tmp_path / "a.tar", {"n" * 200 + f"{i}.jpg": b"x" * 300 for i in range(3)}, form)
+    whole = (tmp_path / "a.tar").read_bytes()
+    for _ in range(300):
+      blob = bytearray(whole)
+      start = 512 * rng.randrange(len(blob) // 512)
+      for _ in range(rng.choice((1, 3, 100))):
+        blob[start + rng.randrange(512)] = rng.choice(b"0179xLKgS\0 \xff\x80-")
+      if rng.random() < 0.5:  # damage that the checksum does not see
+        blob[start + 148:start + 156] = b" " * 8
+        blob[start + 148:start + 156] = b"%06o\0 " % sum(blob[start:start + 512])
+      try:
+        found = tar.members(io.BytesIO(blob), "a.tar")
+        assert len(list(found)) <= len(blob) // 512
+      except (tar.Truncated, UserError):
+        pass
 
 
 def test_nonsense_in_the_middle_is_told(tmp_path):

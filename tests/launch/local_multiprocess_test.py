@@ -92,10 +92,10 @@ def test_a_process_that_will_not_stop_is_killed():
 
 
 def test_stopping_the_launcher_stops_all():
-  for signal_number in (signal.SIGINT, signal.SIGTERM):
+  for signal_number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
     launcher, pids = start_and_read_pids()
     launcher.send_signal(signal_number)
-    assert launcher.wait(timeout=30) == 130
+    assert launcher.wait(timeout=30) == code
     assert wait_until_gone(pids)
 
 

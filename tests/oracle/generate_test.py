@@ -35,6 +35,18 @@ OURS = dict(steps=5, seeds=[0, 1], negative_prompts=NEGATIVE, init_latents=NOISE
 THEIRS = dict(num_inference_steps=5, negative_prompt=NEGATIVE, output_type="latent")
 
 
+def small(unet):
+  """Returns a shallower UNet of the same family: less to compile; unet_test.py has deep ones.
+
+  SDXL's keeps its three levels, where an adapter's features come in.
+  """
+  config = dict(unet.config) | {"transformer_layers_per_block": 1}
+  if not unet.config.addition_embed_type:
+    config |= {name: config[name][:1] for name in ("block_out_channels", "down_block_types")}
+    config |= {"up_block_types": config["up_block_types"][-1:], "attention_head_dim": 4}
+  return compare.perturb(diffusers.UNet2DConditionModel.from_config(config), 0)
+
+
 @functools.cache
 def model(family):
   """(the pipeline in PyTorch, sd, params)."""
@@ -44,6 +56,7 @@ def model(family):
     warnings.simplefilter("ignore")
     folder = Path(folder)
     pipeline = families.make_pipeline(folder, family)
+    pipeline.register_modules(unet=small(pipeline.unet))
     pipeline.save_pretrained(folder / "model")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "model")
     sd, params = folders.load(folder / "model")
@@ -51,11 +64,23 @@ def model(family):
   return pipeline, sd, params
 
 
+@pytest.fixture(autouse=True)
+def one_decoder(monkeypatch):
+  """Compiles the decoder once: all these models have the same beside their UNets."""
+  decode, (_, first, _) = generate.decode, model("sd1")
+
+  def shared(sd, params, *rest):
+    return decode(first if sd.vae == first.vae else sd, {"vae": params["vae"]}, *rest)
+  monkeypatch.setattr(generate, "decode", shared)
+
+
 def as_pipeline(name, family, **parts):
   """Returns another pipeline of diffusers with the same networks."""
   pipeline, *_ = model(family)
   components = {key: part for key, part in pipeline.components.items() if key != "image_encoder"}
-  made = getattr(diffusers, name)(**components | parts, requires_safety_checker=False)
+  if "safety_checker" in components:
+    parts["requires_safety_checker"] = False
+  made = getattr(diffusers, name)(**components | parts)
   made.set_progress_bar_config(disable=True)
   return made
 
@@ -98,18 +123,22 @@ def test_text_to_image(family, rescale):
 
 
 def test_sdxl_is_told_sizes():
-  """One image: of several, diffusers 0.42 mixes up sizes and negative sizes."""
+  """Theirs one by one: of several images, diffusers 0.42 mixes up sizes and negative sizes."""
   pipeline, sd, params = model("sdxl")
-  theirs = pipeline(
-      families.WORDS[:1], latents=compare.nchw(NOISE[:1]), guidance_scale=4.0,
-      original_size=(640, 480), crops_coords_top_left=(7, 9), target_size=(256, 512),
-      negative_original_size=(64, 48), negative_crops_coords_top_left=(1, 2),
-      negative_target_size=(33, 44), **THEIRS | dict(negative_prompt=NEGATIVE[:1]), **SIZE)
+  sizes = np.array([[640, 480, 7, 9, 256, 512], [32, 48, 0, 3, 99, 77]])
+  negative_sizes = np.array([[64, 48, 1, 2, 33, 44], [500, 400, 30, 20, 32, 48]])
   _, latents = generate.text_to_image(
-      sd, params, families.WORDS[:1], guidance_scale=4.0, sizes=[[640, 480, 7, 9, 256, 512]],
-      negative_sizes=[[64, 48, 1, 2, 33, 44]], **SIZE, **OURS | dict(
-          seeds=[0], negative_prompts=NEGATIVE[:1], init_latents=NOISE[:1]))
-  compare.assert_close("sizes", latents, compare.nhwc(theirs.images), ATOL)
+      sd, params, families.WORDS, guidance_scale=4.0, sizes=sizes, negative_sizes=negative_sizes,
+      **OURS, **SIZE)
+  names = "original_size", "crops_coords_top_left", "target_size"
+  for n in range(2):
+    told = {prefix + name: tuple(pair.tolist())
+            for prefix, numbers in (("", sizes[n]), ("negative_", negative_sizes[n]))
+            for name, pair in zip(names, numbers.reshape(3, 2))}
+    theirs = pipeline(
+        families.WORDS[n], latents=compare.nchw(NOISE[n:n + 1]), guidance_scale=4.0, **told,
+        **THEIRS | dict(negative_prompt=NEGATIVE[n]), **SIZE)
+    compare.assert_close(f"sizes {n}", latents[n:n + 1], compare.nhwc(theirs.images), ATOL)
 
 
 @pytest.mark.parametrize("family, scheduler, strength", [
@@ -151,26 +180,33 @@ def test_instruct_pix2pix():
       sd, params, families.WORDS, IMAGES, guidance_scale=4.0, image_scale=1.5, **OURS), theirs)
 
 
-def controlnet(seed, **options):
+def ours_of(network, ours):
+  """Returns what makes a Control of a picture, and settings, by PyTorch's network."""
+  shapes = jax.eval_shape(ours.init, jax.random.key(0), *ours.example())["params"]
+  return functools.partial(control.Control, ours, compare.load_params(network, shapes))
+
+
+@functools.cache
+def controlnet(family, seed, **options):
   """(PyTorch's, ours without a picture)."""
-  pipeline, *_ = model("sd1")
+  pipeline, *_ = model(family)
   torch.manual_seed(seed)
   theirs = compare.perturb(diffusers.ControlNetModel.from_unet(
       pipeline.unet, conditioning_embedding_out_channels=(8, 16, 16), **options), seed)
-  ours = unet_configs.read(dict(theirs.config) | {"_class_name": "ControlNetModel"})
-  shapes = jax.eval_shape(ours.init, jax.random.key(0), *ours.example())["params"]
-  params = compare.load_params(theirs, shapes)
-  return theirs, functools.partial(control.Control, ours, params)
+  return theirs, ours_of(theirs, unet_configs.read(
+      dict(theirs.config) | {"_class_name": "ControlNetModel"}))
 
 
-@pytest.mark.parametrize("guess", [False, True])
-@pytest.mark.parametrize("count", [1, 2])
-def test_controlnets(count, guess):
-  _, sd, params = model("sd1")
-  nets = [controlnet(seed) for seed in range(count)]
-  nets[-1] = controlnet(7, controlnet_conditioning_channel_order="bgr")
+@pytest.mark.parametrize("family, count, guess", [
+    ("sd1", 1, False), ("sd1", 1, True), ("sd1", 2, False), ("sd1", 2, True), ("sd2", 1, False),
+    ("sdxl", 1, False), ("sdxl", 1, True)])
+def test_controlnets(family, count, guess):
+  _, sd, params = model(family)
+  nets = [controlnet(family, seed) for seed in range(count - 1)]
+  nets.append(controlnet(family, 7, controlnet_conditioning_channel_order="bgr"))
   scale, start, end = [0.8, 1.3][:count], [0.0, 0.2][:count], [0.7, 1.0][:count]
-  pipeline = as_pipeline("StableDiffusionControlNetPipeline", "sd1",
+  xl = "XL" if sd.is_xl else ""
+  pipeline = as_pipeline(f"StableDiffusion{xl}ControlNetPipeline", family,
                          controlnet=[theirs for theirs, _ in nets])
   theirs = pipeline(
       families.WORDS, image=[compare.nchw(hint) for hint in HINTS[:count]],
@@ -181,35 +217,44 @@ def test_controlnets(count, guess):
               for (_, make), hint, *settings in zip(nets, HINTS, scale, start, end)]
   made = generate.text_to_image(
       sd, params, families.WORDS, guidance_scale=4.0, controls=controls, **OURS, **SIZE)
-  assert_same(f"{count} ControlNets", made, theirs)
+  assert_same(f"{family}, {count} ControlNets", made, theirs)
   plain = generate.text_to_image(
       sd, params, families.WORDS, guidance_scale=4.0, **OURS, **SIZE)
   assert np.abs(plain[1] - made[1]).max() > 100 * ATOL
 
 
-def adapter(seed):
+ADAPTERS = {
+    "sd1": dict(adapter_type="full_adapter", channels=[16], downscale_factor=4),
+    "sdxl": dict(adapter_type="full_adapter_xl", channels=[16, 32, 32, 32], downscale_factor=8),
+}
+
+
+@functools.cache
+def adapter(family, seed):
   torch.manual_seed(seed)
-  theirs = compare.perturb(diffusers.T2IAdapter(
-      adapter_type="full_adapter", channels=[16, 32], downscale_factor=4), seed)
-  ours = adapter_configs.read_adapter(dict(theirs.config))
-  shapes = jax.eval_shape(ours.init, jax.random.key(0), *ours.example())["params"]
-  return theirs, functools.partial(control.Control, ours, compare.load_params(theirs, shapes))
+  theirs = compare.perturb(diffusers.T2IAdapter(**ADAPTERS[family]), seed)
+  return theirs, ours_of(theirs, adapter_configs.read_adapter(dict(theirs.config)))
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_adapters(count):
-  _, sd, params = model("sd1")
-  nets = [adapter(seed) for seed in range(count)]
+@pytest.mark.parametrize("family, count", [("sd1", 1), ("sd1", 2), ("sdxl", 1)])
+def test_adapters(family, count):
+  _, sd, params = model(family)
+  nets = [adapter(family, seed) for seed in range(count)]
   scale, hints = [0.8, 1.3][:count], [compare.nchw(hint) for hint in HINTS[:count]]
-  pipeline = as_pipeline("StableDiffusionAdapterPipeline", "sd1",
+  xl = "XL" if sd.is_xl else ""
+  pipeline = as_pipeline(f"StableDiffusion{xl}AdapterPipeline", family,
                          adapter=[theirs for theirs, _ in nets] if count > 1 else nets[0][0])
   theirs = pipeline(
       families.WORDS, image=hints if count > 1 else hints[0], latents=compare.nchw(NOISE),
       adapter_conditioning_scale=scale if count > 1 else scale[0], guidance_scale=4.0, **THEIRS,
       **SIZE)
-  assert_same(f"{count} adapters", generate.text_to_image(
+  made = generate.text_to_image(
       sd, params, families.WORDS, guidance_scale=4.0, **OURS, **SIZE,
-      controls=[make(hint, one) for (_, make), hint, one in zip(nets, HINTS, scale)]), theirs)
+      controls=[make(hint, one) for (_, make), hint, one in zip(nets, HINTS, scale)])
+  assert_same(f"{family}, {count} adapters", made, theirs)
+  plain = generate.text_to_image(
+      sd, params, families.WORDS, guidance_scale=4.0, **OURS, **SIZE)
+  assert np.abs(plain[1] - made[1]).max() > 100 * ATOL
 
 
 @pytest.mark.parametrize("handoff, scheduler", [

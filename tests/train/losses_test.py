@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 
-from sdjax.diffusion import objectives
+from sdjax.diffusion import objectives, schedules
 from sdjax.train import losses
 
 
@@ -25,10 +27,28 @@ def test_diffusion_loss_of_a_silent_network_is_the_targets_second_moment(tiny_mo
 
 def test_kl_is_that_of_the_gaussians(tiny_model):
   sd, params = tiny_model
-  image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+  image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
   _, metrics = jax.jit(losses.autoencoder(sd, 1.0))(params, {}, {"image": image}, jax.random.key(0))
-  mean, log_variance = np.split(np.asarray(sd.moments(params, image), np.float64), 2, axis=-1)
+  unit = (image / 127.5 - 1).astype(np.float32)
+  mean, log_variance = np.split(np.asarray(sd.moments(params, unit), np.float64), 2, axis=-1)
   # E_q[log q - log p] with q = N(mean, exp(log_variance)), written from the densities.
   entropy = 0.5 * (1 + np.log(2 * np.pi) + log_variance)
   cross = 0.5 * (np.log(2 * np.pi) + np.square(mean) + np.exp(log_variance))
   np.testing.assert_allclose(metrics["kl"], (cross - entropy).sum() / 2, rtol=1e-5)
+
+
+def test_states_of_texts_in_a_batch_are_the_condition():
+  batch = {"moments": np.zeros((2, 4, 4, 8), np.float32), "context": np.ones((2, 3, 5)),
+           "pooled": np.ones((2, 4)), "size": np.ones((2, 6)), "weight": np.ones(2, np.float32)}
+  told = []
+
+  def predict(params, x_t, t, condition, **_):
+    told.append(condition)
+    return x_t
+
+  sd = SimpleNamespace(latents=lambda moments, key: moments[..., :4], predict=predict)
+  objective = objectives.Objective(schedules.Schedule(), "epsilon", "min_snr")
+  losses.diffusion(sd, objective)({}, {}, batch, jax.random.key(0))
+  (condition,) = told
+  for name in ("context", "pooled", "size"):
+    assert getattr(condition, name) is batch[name]

@@ -41,7 +41,7 @@ def test_killed_ends_bit_identical(start, arguments, numbers, pictures, tmp_path
   finish(start(*arguments(pictures, tmp_path / "whole", changes)))
   killed = tmp_path / "killed"
   child = start(*arguments(pictures, killed, changes))
-  wait_for((killed / "checkpoints" / "8").is_dir, child, 300)
+  wait_for((killed / "checkpoints" / "8" / "checkpoint.json").exists, child, 300)
   child.send_signal(signal.SIGKILL)
   child.wait()
   output = finish(start(*arguments(pictures, killed, changes)))

@@ -1,0 +1,10 @@
+"""The launchers are scripts beside the package: their tests import them from launch/."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+
+
+def pytest_configure(config):
+  config.addinivalue_line("markers", "slurm: needs slurmctld, slurmd and munge, and root")

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# 2 x v5e-16: 8 hosts of 4 chips. What is there already stays as it is: the same
+# script goes on with a run that was stopped. The command outlives this script and its connection.
+set -euo pipefail
+
+gcloud compute tpus queued-resources describe sd15 --zone us-west4-a >/dev/null 2>&1 ||
+  gcloud compute tpus queued-resources create sd15 --zone us-west4-a --node-count 2 --node-prefix sd15 \
+    --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot
+state=""
+until [[ "$state" == ACTIVE ]]; do
+  if [[ "$state" == FAILED || "$state" == SUSPENDED ]]; then
+    echo sd15 "is $state: delete it, then start again" >&2
+    exit 1
+  fi
+  sleep 20
+  state="$(gcloud compute tpus queued-resources describe sd15 --zone us-west4-a \
+    --format 'value(state.state)')"
+done
+
+gcloud alpha compute tpus queued-resources scp --recurse . sd15:sdjax --zone us-west4-a --worker=all --node=all
+gcloud alpha compute tpus queued-resources ssh sd15 --zone us-west4-a --worker=all --node=all \
+  --command 'cd sdjax && python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python -e . '"'"'jax[tpu]'"'"' && sudo sh -c '"'"'echo always >/sys/kernel/mm/transparent_hugepage/enabled'"'"''
+gcloud alpha compute tpus queued-resources ssh sd15 --zone us-west4-a --worker=all --node=all \
+  --command 'cd sdjax || exit; SDJAX_COORDINATOR=auto nohup launch/run.sh v5e-16 sdjax train --config configs/sd15.py:res=256 --workdir '"'"'/mnt/bucket/a run'"'"' '"'"'--config.data.caption_column=it'"'"'"'"'"'"'"'"'s $HOME & "IMAGE"'"'"' </dev/null >>run.log 2>&1 &'
+gcloud alpha compute tpus queued-resources ssh sd15 --zone us-west4-a --worker=0 --node=0 \
+  --command 'tail -n 100 -F sdjax/run.log'
