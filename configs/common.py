@@ -38,32 +38,12 @@ def defaults() -> ConfigDict:
   c.init_from = ""                 # a diffusers folder to start from
   c.trainable = ("unet",)          # networks that move; the others stay frozen
   c.dtype = "float32"              # of convolutions and matmuls; parameters are float32
-  c.remat = "none"                 # blocks: less memory, a quarter more compute
+  c.remat = "none"                 # named | blocks: less memory, more compute
 
   c.mesh = ConfigDict(dict(data=-1, fsdp=1))   # devices per axis; -1: all that are left
-  c.partition = ((".*", "fsdp"),)              # (path regex, rule), first match wins
+  c.partition = ((".*", "fsdp"),)              # (path regex, replicate | fsdp | zero1), first wins
 
-  c.data = ConfigDict(dict(
-      urls="",                     # shards: a folder, a glob, braces {00000..00041}.tar, a file of
-                                   # lines, also on the network; or pictures; or tfds:NAME@SPLIT
-      mix=(),                      # in place of urls: dicts of urls, filters, and weight | repeats
-      filters=(),                  # ("aesthetic", ">=", 5.0), …, see data/filters.py
-      strict=False,                # a missing shard stops the run; else it is counted
-      max_bad_share=0.05,          # of samples that cannot be used
-      resolution=512,              # px, the side of squares
-      bucket=False,                # of about as many px, in the pictures' aspect ratios
-      stages=(),                   # (first step, resolution), …, the last one as above
-      batch_size=64,               # global
-      min_side_px=1,               # smaller pictures are left out when they are met
-      decoder="auto",              # pillow | fast | exact, see data/images.py
-      random_flip=False,
-      random_crop=False,
-      caption_column=(),           # key(s) of the json to take captions from
-      caption_dropout=0.1,         # to the empty caption, for guidance
-      clean_captions=False,        # of html and URLs
-      trigger="",                  # words before each caption
-      shuffle_tags=False,          # of captions that are lists with commas,
-      keep_tags=0))                # but for so many
+  c.data = _data()
   # Without init_from, a tokenizer is learned from the captions.
   c.tokenizer = ConfigDict(dict(length=77, vocab_size=4096))
 
@@ -96,3 +76,27 @@ def defaults() -> ConfigDict:
       every_steps=2_000, batches=8,
       bins=4))                     # of timesteps
   return c
+
+
+def _data() -> ConfigDict:
+  return ConfigDict(dict(
+      urls="",                     # shards: a folder, a glob, braces {00000..00041}.tar, a file of
+                                   # lines, also on the network; or pictures; or tfds:NAME@SPLIT
+      mix=(),                      # in place of urls: dicts of urls, filters, and weight | repeats
+      filters=(),                  # ("aesthetic", ">=", 5.0), …, see data/filters.py
+      strict=False,                # a missing shard stops the run; else it is counted
+      max_bad_share=0.05,          # of samples that cannot be used
+      resolution=512,              # px, the side of squares
+      bucket=False,                # of about as many px, in the pictures' aspect ratios
+      stages=(),                   # (first step, resolution), …, the last one as above
+      batch_size=64,               # global
+      min_side_px=1,               # smaller pictures are left out when they are met
+      decoder="auto",              # pillow | fast | exact, see data/images.py
+      random_flip=False,
+      random_crop=False,
+      caption_column=(),           # key(s) of the json to take captions from
+      caption_dropout=0.1,         # to the empty caption, for guidance
+      clean_captions=False,        # of html and URLs
+      trigger="",                  # words before each caption
+      shuffle_tags=False,          # of captions that are lists with commas,
+      keep_tags=0))                # but for so many

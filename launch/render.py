@@ -92,7 +92,8 @@ def local(job: Job) -> str:
   if job.processes > 1:
     command = ["python3", "launch/local_multiprocess.py", "--processes", str(job.processes),
                "--devices", str(job.target.chips_per_host), "--", *command]
-  return shlex.join(["launch/run.sh", job.target_name, *command]) + "\n"
+  # In place of the shell, so that signals reach it.
+  return "exec " + shlex.join(["launch/run.sh", job.target_name, *command]) + "\n"
 
 
 def slurm(job: Job) -> str:

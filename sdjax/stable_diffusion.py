@@ -17,6 +17,7 @@ import numpy as np
 from sdjax.data import prompts as prompts_syntax
 from sdjax.data.tokenizer import Tokenizer
 from sdjax.diffusion import prediction
+from sdjax.diffusion.parts import WHOLE, Part
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import UserError
 from sdjax.models import initializers, tiling
@@ -187,12 +188,16 @@ class StableDiffusion:
       return tiling.encode(self.vae, params["vae"], image, tile * f, tile // 4 * f)
     return self.vae.apply({"params": params["vae"]}, image, method="encode")
 
-  def latents(self, moments: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Draws scaled latents from `moments` [b h w 2c] -> [b h w c]; key None takes the mean."""
+  def latents(self, moments: jax.Array, key: jax.Array | None, part: Part = WHOLE) -> jax.Array:
+    """Draws scaled latents from `moments` [b h w 2c] -> [b h w c]; key None takes the mean.
+
+    part: of the batch that the rows of `moments` are.
+    """
     mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     if key is not None:
       deviation = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
-      mean = mean + deviation * jax.random.normal(key, mean.shape)
+      draw = functools.partial(jax.random.normal, key)
+      mean = mean + deviation * part.draw(draw, mean.shape)
     return (mean - self.vae.shift_factor) * self.vae.scaling_factor
 
   def encode_image(self, params: Params, image: jax.Array, key: jax.Array | None,

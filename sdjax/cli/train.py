@@ -5,10 +5,11 @@ import signal
 import threading
 
 from sdjax.cli import device, experiment
+from sdjax.errors import Diverged
 
 WHAT = """Trains from the newest checkpoint in DIR, or from the start. Ends with DIR/model, a folder
 in the diffusers layout. Ctrl-C or SIGTERM saves and stops; the same command goes on."""
-LEAVE_S = 5.0  # that processes which end for the same reason take to meet
+LEAVE_S = 5.0  # enough for processes that end for the same reason to meet
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
   from sdjax.train import loop
   try:
     folder = loop.train(config, workdir)
+  except (SystemExit, Diverged):  # in all processes alike
+    raise
   except BaseException as error:
     leave_soon(error)
     raise
@@ -34,18 +37,13 @@ def main(argv: list[str]) -> int:
 
 
 def leave_soon(error: BaseException) -> None:
-  """Ends a process of several for `error` even if the others do not end.
+  """Ends a process of several soon after `error`, which may be its own alone.
 
-  JAX, when a process exits, has it wait for the others for minutes, as they wait for it in the
-  midst of a step.
+  JAX would have it wait minutes for the others when it exits, and they wait for it in a step.
   """
   import jax
-  if jax.process_count() == 1:
-    return
-  if isinstance(error, SystemExit):
-    code = error.code
-  else:
+  if jax.process_count() > 1:
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-  timer = threading.Timer(LEAVE_S, os._exit, [code])
-  timer.daemon = True
-  timer.start()
+    timer = threading.Timer(LEAVE_S, os._exit, [code])
+    timer.daemon = True
+    timer.start()

@@ -9,6 +9,7 @@ terms of the other targets is
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion import prediction, schedules
+from sdjax.diffusion.parts import WHOLE, Part
 from sdjax.errors import UserError
 
 WEIGHTINGS = ("uniform", "min_snr")
@@ -108,14 +110,17 @@ def corrupt(
     objective: Objective,
     key: jax.Array,
     x0: jax.Array,  # [b h w c] float32
+    part: Part = WHOLE,
 ) -> Noisy:
-  """Draws timesteps and noise for a batch of clean latents."""
+  """Draws timesteps and noise for a batch of clean latents, or for a part of one."""
   key_t, key_noise, key_offset = jax.random.split(key, 3)
-  t = stratified_timesteps(key_t, x0.shape[0], density(objective))
-  noise = jax.random.normal(key_noise, x0.shape)
+  normal = lambda key, shape: part.draw(functools.partial(jax.random.normal, key), shape)
+  t = part.draw(
+      lambda shape: stratified_timesteps(key_t, *shape, density(objective)), x0.shape[:1])
+  noise = normal(key_noise, x0.shape)
   if objective.noise_offset:
     shape = (x0.shape[0], 1, 1, x0.shape[-1])
-    noise += objective.noise_offset * jax.random.normal(key_offset, shape)
+    noise += objective.noise_offset * normal(key_offset, shape)
 
   alpha_bar = schedules.alphas_bar(objective.schedule)
   a = jnp.asarray(np.sqrt(alpha_bar), jnp.float32)[t][:, None, None, None]

@@ -1,9 +1,10 @@
 """Which device holds which part of which array.
 
-Axes of the mesh: "data" splits the batch and copies parameters; "fsdp" splits both; "tensor" is
-kept for layers split within. The rules for parameters were chosen by compiling the full step for
-TPU topologies: kernels split along their larger channel axis compile to plain all-gathers and
-reduce-scatters, other choices make XLA partition convolutions or rematerialise whole arrays.
+Axes of the mesh: "data" splits the batch and copies parameters (but by the rule "zero1"); "fsdp"
+splits both; "tensor" is kept for layers split within. The rules for parameters were chosen by
+compiling the full step for TPU topologies: kernels split along their larger channel axis compile to
+plain all-gathers and reduce-scatters, other choices make XLA partition convolutions or
+rematerialise whole arrays.
 """
 
 import logging
@@ -132,9 +133,9 @@ def warn_of_windows(mesh: Mesh, rules: Any) -> None:
   """
   if mesh.devices.flat[0].platform != "tpu":
     return
-  for name in sorted({name for _, name in rules}):
-    axis = RULES[name].axis
-    if axis is not None and mesh.shape[axis] == mesh.size > 1:
+  used = {name for _, name in rules}
+  for name, (axis, _) in RULES.items():
+    if name in used and axis is not None and mesh.shape[axis] == mesh.size > 1:
       log.warning("%s=%d spans all chips of the mesh and rule %r splits kernels over it, which XLA "
                   "compiles to loops of permutations; make config.mesh.data and config.mesh.fsdp "
                   "at least 2 each", axis, mesh.size, name)

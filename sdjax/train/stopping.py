@@ -18,8 +18,7 @@ ASK_EVERY = 4  # steps: a collective among a few processes on one CPU costs it 3
 class Stopping:
   """Takes signals from the first `agreed` on; until then, nothing is lost by ending at once.
 
-  A second signal ends the process at once. Between `jax.distributed.initialize` and the first
-  step, SIGTERM does what it did before: `cli.train` sees to that.
+  A second signal does what it did before `agreed`: it ends the process at once.
   """
 
   def __init__(self, mesh: Mesh):
@@ -51,11 +50,11 @@ class Stopping:
     return answer
 
   def leave(self, number: int, step: int) -> NoReturn:
-    """Raises what ends the command with 130 for Ctrl-C, with 128 + `number` for others."""
-    if number == signal.SIGINT:
-      raise KeyboardInterrupt
-    log.warning("stopped by %s after step %d, which is saved; the same command goes on",
+    """Raises what ends the command with code 128 + `number`, as shells tell of a signal."""
+    log.warning("stopped by %s after step %d, which is being saved; the same command goes on",
                 signal.Signals(number).name, step)
+    if number == signal.SIGINT and jax.process_count() == 1:
+      raise KeyboardInterrupt  # what notebooks expect
     raise SystemExit(128 + number)
 
   def _listen(self) -> None:
@@ -66,7 +65,7 @@ class Stopping:
 
   def _ask(self, number, _) -> None:
     self._asked = max(self._asked, number)
-    self._give_back()  # a second one does what it did before: it ends the process
+    self._give_back()
 
   def _give_back(self) -> None:
     with contextlib.suppress(ValueError):

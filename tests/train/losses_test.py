@@ -46,7 +46,7 @@ def test_states_of_texts_in_a_batch_are_the_condition():
     told.append(condition)
     return x_t
 
-  sd = SimpleNamespace(latents=lambda moments, key: moments[..., :4], predict=predict)
+  sd = SimpleNamespace(latents=lambda moments, *_: moments[..., :4], predict=predict)
   objective = objectives.Objective(schedules.Schedule(), "epsilon", "min_snr")
   losses.diffusion(sd, objective)({}, {}, batch, jax.random.key(0))
   (condition,) = told

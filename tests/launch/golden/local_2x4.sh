@@ -1,1 +1,1 @@
-launch/run.sh cpu-2x4 python3 launch/local_multiprocess.py --processes 2 --devices 4 -- sdjax train --config configs/sd15.py:res=256 --workdir '/mnt/bucket/a run' '--config.data.caption_column=it'"'"'s $HOME & "IMAGE"'
+exec launch/run.sh cpu-2x4 python3 launch/local_multiprocess.py --processes 2 --devices 4 -- sdjax train --config configs/sd15.py:res=256 --workdir '/mnt/bucket/a run' '--config.data.caption_column=it'"'"'s $HOME & "IMAGE"'
