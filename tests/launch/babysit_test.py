@@ -81,13 +81,13 @@ def test_a_step_that_was_there_already_is_no_progress(tmp_path):
 def test_a_signal_is_handed_on_once_and_is_the_end(tmp_path, number):
   code = ("import signal, sys, time\nseen = []\n"
           f"signal.signal({int(number)}, lambda *_: seen.append(1))\nprint('up', flush=True)\n"
-          "signal.pause()\ntime.sleep(0.3)\nprint(len(seen), flush=True)\nsys.exit(143)")
+          "while not seen: time.sleep(0.01)\ntime.sleep(0.3)\nprint(len(seen))\nsys.exit(143)")
   command = [sys.executable, "-c", QUICK, str(LAUNCH), sys.executable, "-c", code]
   child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
   assert child.stdout.readline() == "up\n"
   os.killpg(child.pid, number)         # as a terminal sends it: to all of the group
-  assert child.stdout.readline() == "1\n"
-  assert child.wait(timeout=20) == 143
+  assert child.communicate(timeout=20)[0] == "1\n"
+  assert child.returncode == 143
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of it")

@@ -4,7 +4,3 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-
-
-def pytest_configure(config):
-  config.addinivalue_line("markers", "slurm: needs slurmctld, slurmd and munge, and root")
