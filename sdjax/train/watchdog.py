@@ -15,7 +15,7 @@ from sdjax.errors import UserError
 
 log = logging.getLogger("sdjax")
 EXIT_CODE = 42
-TICK_S = 0.25
+TICK_S = 0.1
 PATIENCE = 10  # how much longer than a step a compile, an evaluation or a save may take
 
 
@@ -69,7 +69,7 @@ class Watchdog:
     seen, quiet_s, before = self._beats, 0.0, time.monotonic()
     while not self._closed.wait(TICK_S):
       now = time.monotonic()
-      quiet_s, before = quiet_s + min(now - before, 4 * TICK_S), now
+      quiet_s, before = quiet_s + min(now - before, 3 * TICK_S), now
       if self._beats != seen:
         seen, quiet_s = self._beats, 0.0
       elif quiet_s > self._timeout_s * self._patience:

@@ -36,6 +36,7 @@ def assert_same_weights(a, b):
       np.testing.assert_array_equal(tensor, b[network][name], err_msg=f"{network}/{name}")
 
 
+@pytest.mark.slow
 def test_killed_ends_bit_identical(start, arguments, numbers, pictures, tmp_path):
   changes = {"total_steps": 40, "checkpoint.every_steps": 8, "seed": 3}
   finish(start(*arguments(pictures, tmp_path / "whole", changes)))
