@@ -44,6 +44,8 @@ setup(
                    "webdataset>=0.2.111"],
         # Shards on gs:// and s3://.
         "cloud": ["gcsfs>=2024.6", "s3fs>=2024.6"],
+        # Weights & Biases, beside TensorBoard.
+        "wandb": ["wandb>=0.19"],
         # Compiling for TPUs on a machine without one.
         "aot": ["libtpu"],
         # The fast decoder of JPEGs.

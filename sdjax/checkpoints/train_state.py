@@ -38,7 +38,8 @@ log = logging.getLogger("sdjax")
 CHANGEABLE = (
     r"total_steps$", r"log_every_steps$", r"checkpoint\.", r"preview\.", r"evaluation\.",
     r"mesh\.", r"partition$", r"remat$", r"data\.urls$", r"data\.strict$",
-    r"data\.max_bad_share$", r"resume_changed$")
+    r"data\.max_bad_share$", r"resume_changed$", r"validation\.", r"watchdog_s$",
+    r"max_skipped$", r"wandb_project$", r"accumulate$")
 SAVED, BEST = "saved", "best"
 READ_ERRORS = (*writing.ERRORS, KeyError, TypeError)
 LAST_WAIT_S = 600.0

@@ -100,6 +100,7 @@ def start_processes() -> None:
 def join(whom: str, timeout_s: float, **place) -> None:
   """Connects to the other processes, or ends this one: JAX's own time limit ends in SIGABRT."""
   import jax
+  jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
 
   def give_up():
     print(f"sdjax: error: not all of {whom} have come within the time limit; see their logs, start "

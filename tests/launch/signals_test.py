@@ -48,7 +48,7 @@ def draw(data, draw=loop.draw_batch):
   batch = draw(data)
   drawn[0] += 1
   print("step", drawn[0], flush=True)
-  if planted.startswith("nan") and drawn[0] in (3, 4, 9):
+  if planted.startswith("nan") and (drawn[0] in (3, 4, 9) or drawn[0] > 9 and "ever" in planted):
     rows = lambda at: np.full(batch["weight"].shape, math.nan, np.float32)[at]
     weight = batch["weight"]
     batch |= {"weight": jax.make_array_from_callback(weight.shape, weight.sharding, rows)}
@@ -262,3 +262,12 @@ def test_what_is_not_finite_is_skipped_by_all_alike(start, tmp_path, planted):
   alone, together = map(np.array, found)
   assert alone[alone[:, 1] == 1, 0].tolist() == [3, 4, 9]
   np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+def test_too_much_of_it_ends_all_alike(start, tmp_path):
+  children = start("nan in a batch for ever", processes=2, max_skipped=4,
+                   **{"checkpoint.every_steps": 2})
+  assert [child.finish()[0] for child in children] == [3, 3], children[0].output
+  assert "4 steps in a row, up to step 12" in children[0].output
+  assert saved(tmp_path).latest_step() == 10
+  assert np.isfinite(saved(tmp_path).restore_params()["params"]["unet"]["kernel"]).all()
