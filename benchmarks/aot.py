@@ -60,6 +60,7 @@ def lower(model: str, name: str):
   from ml_collections import ConfigDict
 
   from configs import common
+  from sdjax import meshes
   from sdjax.diffusion import objectives, schedules
   from sdjax.models import presets
   from sdjax.stable_diffusion import StableDiffusion
@@ -86,7 +87,7 @@ def lower(model: str, name: str):
   batch = {"moments": jax.ShapeDtypeStruct((rows, side, side, 8), "float32"),
            "tokens": jax.ShapeDtypeStruct((rows, 1, length), "int32"),
            "weight": jax.ShapeDtypeStruct((rows,), "float32")}
-  spread = jax.sharding.NamedSharding(mesh, partitioning.BATCH)
+  spread = jax.sharding.NamedSharding(mesh, meshes.BATCH_SPEC)
   loss = losses.diffusion(sd, objectives.Objective(sd.schedule))
   # No `jax.set_mesh`: constants could not be put onto chips that are not there.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from sdjax import control
 from sdjax.diffusion import guidance, sampling, tables
 from sdjax.errors import UserError
+from sdjax.meshes import replicate, shard_batch
 from sdjax.stable_diffusion import Condition, Params, StableDiffusion
 
-BATCH_AXES = ("data", "fsdp")
 INITIAL, STEPS, SECOND, LOW_RESOLUTION = range(4)  # streams of an image's noise
 ROWS = 1024  # tables are filled up to a multiple of this: their own length is no shape
 
@@ -45,20 +44,6 @@ def image_noise(words: jax.Array, stream: jax.Array, index: jax.Array, shape: tu
     key = jax.random.wrap_key_data(word, impl="threefry2x32")
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, stream), index), shape)
   return jax.vmap(one)(words)
-
-
-def shard_batch(x: jax.Array) -> jax.Array:
-  """Spreads the leading axis over the mesh, where one is set."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
-
-
-def replicate(x: jax.Array) -> jax.Array:
-  """Brings `x` whole to every device, where a mesh is set, so that any process can read it."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, P())
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -196,8 +181,7 @@ def _denoise(sd: StableDiffusion, nets: tuple[control.Net, ...], params: Params,
              state: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the state after the rows first … end-1, its latents, and the last clean estimate."""
   batch = jax.tree.map(shard_batch, batch)
-  state = state if jax.sharding.get_abstract_mesh().empty else (
-      jax.lax.with_sharding_constraint(state, P(None, BATCH_AXES)))
+  state = shard_batch(state, axis=1)
   predict = control.steered(
       sd, params, nets, net_params, batch.hints, batch.conditions)
   appended = batch.appended and guidance.interleave(*batch.appended)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sdjax import generate, pytrees
+from sdjax import generate, meshes, pytrees
 from sdjax.data import buckets, captions, images, latent_shards, pack, pipeline, sources
 from sdjax.data.index import MOMENTS
 from sdjax.errors import UserError
@@ -152,19 +152,19 @@ def check_caches(caches: Mapping[str, Mapping | None], sd: StableDiffusion, para
 
 @functools.partial(jax.jit, static_argnames="sd")
 def _moments(sd: StableDiffusion, params: Params, image: jax.Array) -> jax.Array:
-  image = generate.shard_batch(image).astype("float32") * (2 / 255) - 1
-  return generate.replicate(sd.moments(params, image).astype("float16"))
+  image = meshes.shard_batch(image).astype("float32") * (2 / 255) - 1
+  return meshes.replicate(sd.moments(params, image).astype("float16"))
 
 
 @functools.partial(jax.jit, static_argnames="sd")
 def _states(sd: StableDiffusion, params: Params, tokens: jax.Array) -> list[jax.Array]:
-  condition = sd.encode_text(params, generate.shard_batch(tokens))
-  return [generate.replicate(state.astype("float16")) for state in condition[:1 + sd.is_xl]]
+  condition = sd.encode_text(params, meshes.shard_batch(tokens))
+  return [meshes.replicate(state.astype("float16")) for state in condition[:1 + sd.is_xl]]
 
 
 @jax.jit
 def _to_devices(params: Params) -> Params:
-  return jax.tree.map(generate.replicate, params)
+  return jax.tree.map(meshes.replicate, params)
 
 
 class _Read(NamedTuple):

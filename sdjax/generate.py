@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import control, denoise, pytrees
-from sdjax.denoise import BATCH_AXES, replicate, shard_batch
 from sdjax.diffusion import guidance, solvers, tables
 from sdjax.errors import UserError
+from sdjax.meshes import batch_shards, replicate, shard_batch
 from sdjax.stable_diffusion import Condition, Params, StableDiffusion
 
 
@@ -403,8 +403,7 @@ def batches(n: int, batch_size: int) -> list[np.ndarray]:
 
   Equal shapes compile once. With a mesh set, batches divide evenly over its batch axes.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+  shards = batch_shards()
   size = -(-min(n, batch_size) // shards) * shards
   starts = range(0, n, size)
   return [np.minimum(np.arange(start, start + size), n - 1) for start in starts]

@@ -7,7 +7,7 @@ A module imports only from floors below its own, or from its own room:
   3  control ◄ denoise ◄ generate ◄ edit    encode      prompt_list
   2  stable_diffusion    checkpoints
   1  diffusion      models      data
-  0  pytrees    errors    files    pictures
+  0  pytrees    errors    files    pictures    meshes
 """
 
 import ast
@@ -24,7 +24,7 @@ FLOORS = {
     "edit": 3, "generate": 3, "denoise": 3, "control": 3,
     "checkpoints": 2, "stable_diffusion": 2,
     "diffusion": 1, "models": 1, "data": 1, "pytrees": 0, "errors": 0, "files": 0,
-    "pictures": 0,
+    "pictures": 0, "meshes": 0,
 }
 # checkpoints.*.load returns a StableDiffusion; encoding splits its batches over the devices as
 # generating does; a list of prompts is generated; a user's error may be raised anywhere.
@@ -39,7 +39,8 @@ ONLY = {
     "flax.training": (),
     "flax.jax_utils": (),
 }
-WITH_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "sdjax.pytrees", "sdjax.data.prefetch")
+WITH_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "sdjax.pytrees", "sdjax.meshes",
+            "sdjax.data.prefetch")
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 120                    # train/loop.py

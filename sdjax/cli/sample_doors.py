@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sdjax import control, denoise, edit, generate, pictures
+from sdjax import control, denoise, edit, generate, meshes, pictures
 from sdjax.cli import sample_pictures
 from sdjax.cli.sample_flags import flag
 from sdjax.cli.sample_models import Models
@@ -256,4 +256,4 @@ def watch(models: Models, flags: argparse.Namespace, progress: denoise.Progress)
 @functools.partial(jax.jit, static_argnames=("sd", "tile"))
 def _decode_preview(sd: StableDiffusion, params: Params, latents: jax.Array,
                     tile: int | None) -> jax.Array:
-  return denoise.replicate(sd.decode_latents(params, latents, tile))
+  return meshes.replicate(sd.decode_latents(params, latents, tile))

@@ -6,12 +6,11 @@ import threading
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from sdjax.data.pipeline import AHEAD, Pipeline
 from sdjax.errors import UserError
-
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+from sdjax.meshes import BATCH_SPEC
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> slice:

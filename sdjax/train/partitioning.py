@@ -24,7 +24,6 @@ from sdjax.errors import UserError
 
 log = logging.getLogger("sdjax")
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
 MIN_SHARDED_SIZE = 2**14  # elements; below, the gather costs more than the copy
 # What networks compute in float32 whatever their dtype is. Small, so never split: all that is split
 # may then be gathered in the dtype that it is computed in.
@@ -161,13 +160,6 @@ def working_copy(tree: Any, mesh: Mesh, rules: Any, dtype: str) -> Any:
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P())) if whole else leaf
   kept = pytrees.flatten(shardings(tree, mesh, rules))
   return pytrees.map_paths(lambda path, leaf: copy(path, leaf, kept[path]), tree)
-
-
-def split_rows(x: jax.Array, axis: int = 0) -> jax.Array:
-  """Spreads the rows of a batch, along `axis`, over the mesh, where one is set."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, P(*[None] * axis, *BATCH))
 
 
 def placer(mesh: Mesh, rules: Any) -> Callable[[str, np.ndarray], jax.Array]:

@@ -1,7 +1,6 @@
 """One training step: a batch in, a new TrainState and a few scalars out."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sdjax import meshes
 from sdjax.diffusion.parts import Part
 from sdjax.errors import UserError
 from sdjax.train import partitioning
@@ -137,11 +137,11 @@ def gradients(
 
   def add(total, part):
     number, rows = part
-    grads, metrics = one(jax.tree.map(partitioning.split_rows, rows), Part(number, accumulate))
+    grads, metrics = one(jax.tree.map(meshes.shard_batch, rows), Part(number, accumulate))
     return jax.tree.map(jnp.add, total, grads), metrics
 
   if accumulate == 1:
-    return one(jax.tree.map(partitioning.split_rows, batch))
+    return one(jax.tree.map(meshes.shard_batch, batch))
   zeros = finish(jax.tree.map(jnp.zeros_like, params))
   total, metrics = jax.lax.scan(add, zeros, (jnp.arange(accumulate), cut(batch, accumulate)))
   return jax.tree.map(lambda x: x / accumulate, total), jax.tree.map(jnp.mean, metrics)
@@ -154,13 +154,12 @@ def cut(batch: Batch, parts: int) -> Batch:  # [B …] -> [parts B/parts …]
     UserError: a part does not spread evenly over the devices.
   """
   size = len(jax.tree.leaves(batch)[0])
-  axes = jax.sharding.get_abstract_mesh().shape
-  shards = math.prod(axes.get(axis, 1) for axis in partitioning.BATCH[0])
+  shards = meshes.batch_shards()
   if parts < 1 or size % (parts * shards):
     raise UserError(f"accumulate {parts} does not cut a batch of {size} rows evenly over {shards} "
                     f"devices; make data.batch_size a multiple of {max(parts, 1) * shards}")
 
   def cut_rows(x):
     x = x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return partitioning.split_rows(x, axis=1)
+    return meshes.shard_batch(x, axis=1)
   return jax.tree.map(cut_rows, batch)

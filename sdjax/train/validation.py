@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdjax import meshes
 from sdjax.data.pipeline import Pipeline
 from sdjax.data.prefetch import Prefetch
 from sdjax.diffusion import objectives, prediction, schedules
 from sdjax.errors import UserError
 from sdjax.stable_diffusion import Condition, Params, StableDiffusion
-from sdjax.train import batches, losses, partitioning
+from sdjax.train import batches, losses
 from sdjax.train.losses import Batch
 
 SEED = 0  # of the order of the samples and of the noise, whatever the seed of the run is
@@ -133,7 +134,7 @@ def by_bin(
 
   def one(place):
     t, noise = jax.vmap(draw, (0, None))(first + jnp.arange(len(x0)), place)
-    noise = partitioning.split_rows(noise)
+    noise = meshes.shard_batch(noise)
     a, s = (table[t][:, None, None, None] for table in (scales, deviations))
     target = prediction.target(objective.prediction_type, x0, noise, a, s)
     found = sd.predict(params, a * x0 + s * noise, t.astype(jnp.float32), condition)

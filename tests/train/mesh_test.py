@@ -12,6 +12,7 @@ SCRIPT = r"""
 import json, sys
 from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np, optax
+from sdjax import meshes
 from sdjax.diffusion import objectives, parts, schedules
 from sdjax.models import presets
 from sdjax.stable_diffusion import StableDiffusion
@@ -69,7 +70,7 @@ for name in sys.argv[2:]:
   shardings = partitioning.shardings(shapes, mesh, rules)
   config = SimpleNamespace(
       partition=rules, dtype="float32", accumulate=accumulate, ema_decay=0.9)
-  rows = jax.sharding.NamedSharding(mesh, partitioning.BATCH)
+  rows = jax.sharding.NamedSharding(mesh, meshes.BATCH_SPEC)
   with jax.set_mesh(mesh):
     now = state.create(params, frozen, tx, 0, shardings)
     advance = step.jitted(config, mesh, loss, tx, shardings)
