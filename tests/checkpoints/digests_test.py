@@ -1,5 +1,10 @@
 """Digests change with any bit, follow their formula, and do not ask where an array is."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +47,32 @@ def test_a_key_is_digested_as_its_words():
   words = np.array([1, 2], np.uint32)
   key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
   assert digests.of({"key": key})["key"] == by_numpy(words)
+
+
+# Prints the digest of one array on 8 devices, laid out in many ways, and who talks to whom.
+SCRIPT = r"""
+import json, re
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from sdjax.checkpoints import digests
+
+mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+x = np.random.default_rng(0).normal(size=(8, 4, 3)).astype(np.float32)
+for spec in P(), P("a"), P(None, "b"), P(("b", "a"), None), P("b", "a"):
+  leaf = jax.device_put(x, NamedSharding(mesh, spec))
+  program = digests._digest.lower(mesh, spec, leaf).compile().as_text()
+  print(json.dumps([digests.of({"a": leaf})["a"],
+                    re.findall("all-|collective|reduce-scatter", program)]))
+"""
+
+
+def test_no_mesh_changes_a_digest_and_no_device_talks():
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  child = subprocess.run(
+      [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=True,
+      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+  x = np.random.default_rng(0).normal(size=(8, 4, 3)).astype(np.float32)
+  assert [json.loads(line) for line in child.stdout.splitlines()] == [[by_numpy(x), []]] * 5
 
 
 def test_every_single_bit_changes_both_numbers():
