@@ -262,8 +262,8 @@ def test_killed_and_shared_among_processes(tiny_model, urls, tmp_path):
   told = finish(start("shared", str(launcher), "--processes", "2", "--devices", "2", "--",
                       sys.executable))
   assert "in 9 of 9 shards" in told
-  shared = open_source(str(tmp_path / "shared"), parts=("txt", "json"))
-  alone = open_source(str(tmp_path / "whole"), parts=("txt", "json"))
+  shared = open_source(str(tmp_path / "shared"), parts=("txt", "json", *latent_shards.STATES))
+  alone = open_source(str(tmp_path / "whole"), parts=("txt", "json", *latent_shards.STATES))
   assert shared.count == alone.count == 16
   for number in range(16):
     mine, other = shared.read(number)[0], alone.read(number)[0]
