@@ -31,7 +31,7 @@ from sdjax import generate, meshes, pytrees
 from sdjax.data import buckets, captions, images, latent_shards, pack, pipeline, sources
 from sdjax.data.index import MOMENTS
 from sdjax.errors import UserError
-from sdjax.stable_diffusion import Params, StableDiffusion
+from sdjax.stable_diffusion import Params, StableDiffusion, to_unit
 
 AHEAD = 2            # batches decoded before they are encoded
 READERS = 32         # threads, where pictures come from the network
@@ -152,7 +152,7 @@ def check_caches(caches: Mapping[str, Mapping | None], sd: StableDiffusion, para
 
 @functools.partial(jax.jit, static_argnames="sd")
 def _moments(sd: StableDiffusion, params: Params, image: jax.Array) -> jax.Array:
-  image = meshes.shard_batch(image).astype("float32") * (2 / 255) - 1
+  image = to_unit(meshes.shard_batch(image))
   return meshes.replicate(sd.moments(params, image).astype("float16"))
 
 

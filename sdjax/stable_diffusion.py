@@ -244,6 +244,11 @@ def _param_shapes(module: Any) -> Params:
   return jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
 
 
+def to_unit(image: jax.Array) -> jax.Array:  # uint8 [b H W 3] -> float32
+  """Returns 0 … 255 as -1 … 1: pictures as files hold them, as networks want them."""
+  return image.astype(jnp.float32) * (2 / 255) - 1
+
+
 def _emphasize(context: jax.Array, weights: jax.Array) -> jax.Array:  # [b l d], [b l]
   mean = context.mean(axis=(1, 2), keepdims=True)
   weighted = context * weights[..., None]

@@ -22,7 +22,6 @@ from sdjax.data import peek
 from sdjax.data.pipeline import Pipeline
 from sdjax.data.prefetch import Prefetch
 from sdjax.data.sources import Source
-from sdjax.diffusion import objectives
 from sdjax.errors import Gone, UserError
 from sdjax.stable_diffusion import Params, StableDiffusion
 from sdjax.train import (
@@ -141,8 +140,7 @@ def loss_of(run: Run) -> losses.Loss:
   config = run.config
   if config.task == "autoencoder":
     return losses.autoencoder(run.sd, config.kl_weight)
-  chosen = dict(config.objective) | {"prediction_type": run.sd.prediction_type}
-  return losses.diffusion(run.sd, objectives.Objective(run.sd.schedule, **chosen))
+  return losses.diffusion(run.sd, losses.objective_of(config, run.sd))
 
 
 def steps(run: Run, mesh: jax.sharding.Mesh, now: state.TrainState, start: int,

@@ -6,6 +6,7 @@ tells which rows of the step's batch these are, for their random numbers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,29 @@ import jax.numpy as jnp
 from sdjax.diffusion import objectives
 from sdjax.diffusion.parts import WHOLE
 from sdjax.models.dropout import dropout_by_row
-from sdjax.stable_diffusion import Condition, StableDiffusion
+from sdjax.stable_diffusion import Condition, Params, StableDiffusion, to_unit
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 
 
-def to_unit(image: jax.Array) -> jax.Array:  # uint8 [b H W 3] -> float32
-  """Returns 0 … 255 as -1 … 1: what a batch holds, as networks want it."""
-  return image.astype(jnp.float32) * (2 / 255) - 1
+def objective_of(config: Any, sd: StableDiffusion) -> objectives.Objective:
+  """Returns what config.objective means for a model."""
+  chosen = dict(config.objective) | {"prediction_type": sd.prediction_type}
+  return objectives.Objective(sd.schedule, **chosen)
+
+
+def moments_of(sd: StableDiffusion, params: Params, batch: Batch) -> jax.Array:  # [b h w 2c]
+  """Returns the moments of a batch of a latents cache, or of pictures."""
+  return batch["moments"] if "moments" in batch else sd.moments(params, to_unit(batch["image"]))
+
+
+def condition_of(sd: StableDiffusion, params: Params, batch: Batch) -> Condition:
+  """Returns the condition that a batch's tokens mean, or the states that a cache has of them."""
+  if "context" in batch:
+    return Condition(batch["context"], batch.get("pooled"), batch.get("size"))
+  return sd.encode_text(params, batch["tokens"], batch.get("size"))
 
 
 def autoencoder(sd: StableDiffusion, kl_weight: float) -> Loss:
@@ -52,14 +66,10 @@ def diffusion(sd: StableDiffusion, objective: objectives.Objective) -> Loss:
   def loss_fn(params, frozen, batch, key, part=WHOLE):
     key_latents, key_corrupt, key_dropout = jax.random.split(key, 3)
     params = frozen | params
-    moments = (batch["moments"] if "moments" in batch
-               else sd.moments(params, to_unit(batch["image"])))
+    moments = moments_of(sd, params, batch)
     x0 = jax.lax.stop_gradient(sd.latents(moments, key_latents, part))
     noisy = objectives.corrupt(objective, key_corrupt, x0, part)
-    if "context" in batch:
-      condition = Condition(batch["context"], batch.get("pooled"), batch.get("size"))
-    else:
-      condition = sd.encode_text(params, batch["tokens"], batch.get("size"))
+    condition = condition_of(sd, params, batch)
     with dropout_by_row(part.rows(x0.shape[0])):
       prediction = sd.predict(params, noisy.x_t, noisy.t, condition, train=True,
                               rngs={"dropout": key_dropout})

@@ -24,7 +24,7 @@ from sdjax.data.pipeline import Pipeline
 from sdjax.data.prefetch import Prefetch
 from sdjax.diffusion import objectives, prediction, schedules
 from sdjax.errors import UserError
-from sdjax.stable_diffusion import Condition, Params, StableDiffusion
+from sdjax.stable_diffusion import Params, StableDiffusion
 from sdjax.train import batches, losses
 from sdjax.train.losses import Batch
 
@@ -89,10 +89,9 @@ def make(config: Any, sd: StableDiffusion, pipeline: Pipeline, mesh: Mesh) -> Va
     reconstruct, names = losses.autoencoder(sd, config.kl_weight), []
     loss = lambda params, batch, first: reconstruct(params, {}, batch, None)[0][None]
   else:
-    chosen = dict(config.objective) | {"prediction_type": sd.prediction_type}
     edges = bin_edges(sd.schedule.num_steps, config.validation.bins)
     names = [f"validation_loss_{a}_{b - 1}" for a, b in zip(edges[:-1], edges[1:])]
-    objective = objectives.Objective(sd.schedule, **chosen)
+    objective = losses.objective_of(config, sd)
     loss = lambda params, batch, first: by_bin(sd, objective, edges, params, batch, first)
   # Each sample once; a batch that is larger than the data has some twice.
   whole = max(pipeline.count // pipeline.batch_size, 1)
@@ -115,13 +114,8 @@ def by_bin(
     first: jax.Array,      # int32 []
 ) -> jax.Array:            # [bins]
   """Returns the loss (1) of samples `first` … `first` + b - 1."""
-  moments = (batch["moments"] if "moments" in batch
-             else sd.moments(params, losses.to_unit(batch["image"])))
-  x0 = sd.latents(moments, None)
-  if "context" in batch:
-    condition = Condition(batch["context"], batch.get("pooled"), batch.get("size"))
-  else:
-    condition = sd.encode_text(params, batch["tokens"], batch.get("size"))
+  x0 = sd.latents(losses.moments_of(sd, params, batch), None)
+  condition = losses.condition_of(sd, params, batch)
   alpha_bar = schedules.alphas_bar(objective.schedule)
   scales, deviations, weights = (jnp.asarray(table, jnp.float32) for table in (
       np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), objectives.weights(objective)))
