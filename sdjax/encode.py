@@ -28,8 +28,7 @@ import jax
 import numpy as np
 
 from sdjax import generate, meshes, pytrees
-from sdjax.data import buckets, captions, images, latent_shards, pack, pipeline, sources
-from sdjax.data.index import MOMENTS
+from sdjax.data import buckets, captions, images, index, latent_shards, pack, pipeline, sources
 from sdjax.errors import UserError
 from sdjax.stable_diffusion import Params, StableDiffusion, to_unit
 
@@ -229,7 +228,8 @@ class _Encoder:
       caption = captions.choices(facts)[0] if self._text else ""
     except ValueError:
       return pack.Failure(self._source.name(sample), "unreadable caption")
-    known = _object(parts["json"]) if "json" in parts else facts
+    # The source has counted jsons that cannot be read.
+    known = (index.json_object(parts["json"]) or {}) if "json" in parts else facts
     kept = {"json": json.dumps(known | {"size": told.tolist()}, indent=4).encode(),
             "txt": parts["txt"] if "txt" in parts else facts.get("caption", "").encode()}
     return _Read(kept, pixels, caption)
@@ -241,7 +241,7 @@ class _Encoder:
     for row, read in enumerate(reads):
       if isinstance(read, _Read):
         image[row], texts[row] = read.pixels, read.caption
-    return {MOMENTS: _moments(self._sd, self._params, image), **self._begin_texts(texts)}
+    return {index.MOMENTS: _moments(self._sd, self._params, image), **self._begin_texts(texts)}
 
   def _begin_texts(self, texts: list[str]) -> dict[str, jax.Array]:
     if not self._text:
@@ -257,12 +257,3 @@ def _finished(number, reads, encoded):
       made = {part: latent_shards.npy(arrays[row]) for part, arrays in encoded.items()}
       read = read.kept | made
     yield number, read
-
-
-def _object(blob: bytes) -> dict[str, Any]:
-  """A sample's json; an empty one where it cannot be read, which the source has counted."""
-  try:
-    known = json.loads(blob)
-  except (ValueError, RecursionError):
-    return {}
-  return known if isinstance(known, dict) else {}

@@ -16,7 +16,6 @@ process 0 the manifest.
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ import tqdm
 from jax.experimental import multihost_utils
 
 from sdjax import __version__, generate, pictures
+from sdjax.data import tar
 from sdjax.data.prompt_files import Wanted
 from sdjax.errors import UserError
 from sdjax.files import write_whole
@@ -71,8 +71,7 @@ class Job:
     return self.out / "parts" / f"{self._key(number)}.png"
 
   def _key(self, number: int) -> str:
-    shard, place = divmod(number, self.shard_size)
-    return f"{shard:05d}{place:04d}"
+    return tar.sample_key(*divmod(number, self.shard_size))
 
   def _tar(self, number: int) -> Path:
     return self.out / f"{number // self.shard_size:05d}.tar"
@@ -191,10 +190,7 @@ class Job:
       with (write_whole(self._tar(numbers[0])) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive):
         for number, path in zip(numbers, paths, strict=True):
-          for part, blob in self._members(number, path.read_bytes()).items():
-            member = tarfile.TarInfo(f"{self._key(number)}.{part}")
-            member.size, member.mode = len(blob), 0o444
-            archive.addfile(member, io.BytesIO(blob))
+          tar.add_sample(archive, self._key(number), self._members(number, path.read_bytes()))
     for path in paths:
       path.unlink(missing_ok=True)
 

@@ -315,14 +315,6 @@ def save_config(workdir: Path, config: Any) -> None:
   (workdir / "config.json").write_text(text + "\n")
 
 
-def load_config(workdir: Path) -> dict:
-  """Reads what `save_config` wrote."""
-  path = workdir / "config.json"
-  if not path.is_file():
-    raise UserError(f"{workdir} holds no config.json: it is not the --workdir of a run")
-  return json.loads(path.read_text())
-
-
 def _describe(tree: Any) -> dict[str, list]:
   """Returns {path: [dtype, shape]}, as JSON has it."""
   return {pytrees.path_of(path): [str(leaf.dtype), list(leaf.shape)]

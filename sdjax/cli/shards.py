@@ -110,7 +110,7 @@ def _pack(arguments) -> int:
 
 def _tell_failures(failures: list) -> None:
   for failure in failures[:20]:
-    print(f"left out {failure.name}: {failure.reason}", file=sys.stderr)
+    print(f"left out {failure}", file=sys.stderr)
   if len(failures) > 20:
     print(f"left out {len(failures) - 20} more", file=sys.stderr)
 
@@ -127,8 +127,7 @@ def _index(arguments) -> int:
   for counts, failure in _bar(found, len(shards), "indexing", " shards"):
     total.update(counts)
     failures += failure
-  for failure in failures[:20]:
-    print(f"left out {failure}", file=sys.stderr)
+  _tell_failures(failures)
   size, samples, kept = (total.pop(name, 0) for name in ("bytes", "samples", "kept"))
   print(f"shards     {len(shards) - len(failures):,}  ({size / 1e9:.3g} GB)"
         + (f", and {len(failures):,} that cannot be read" if failures else ""))

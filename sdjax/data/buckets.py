@@ -24,46 +24,47 @@ from sdjax.errors import UserError
 
 Shape = tuple[int, int]  # (H, W) px
 LEAST_AREA = 0.9         # of resolution²; at 1024 px it gives the list of SDXL
+MULTIPLE = 64            # px; of sides
+WINDOW_STEPS = 64        # that are sorted together. More crop less, and cost more at once.
 
 
-def shapes(
-    resolution_px: int,
-    multiple: int = 64,            # px
-    max_aspect: float = 2.0,
-) -> list[Shape]:
+def shapes(resolution_px: int, max_aspect: float = 2.0) -> list[Shape]:
   """The buckets of a resolution, from tall to wide.
 
-  Sides are multiples of `multiple`, areas 0.9 … 1 of resolution², aspect ratios at most
+  Sides are multiples of 64 px, areas 0.9 … 1 of resolution², aspect ratios at most
   `max_aspect` either way. For 1024 px these are the ratios 0.5 … 2 of SDXL (Podell et al. 2023,
   https://arxiv.org/abs/2307.01952, appendix I, and `SD_XL_BASE_RATIOS` of its authors' code).
 
   Raises:
-    UserError: `resolution_px` is no multiple of `multiple`, or `max_aspect` is below 1.
+    UserError: `resolution_px` is no multiple of 64, or `max_aspect` is below 1.
   """
-  if resolution_px < 1 or resolution_px % multiple:
-    raise UserError(f"resolution {resolution_px} px is not a multiple of {multiple}; buckets need "
-                    f"one, such as {max(1, round(resolution_px / multiple)) * multiple}")
+  if resolution_px < 1 or resolution_px % MULTIPLE:
+    raise UserError(f"resolution {resolution_px} px is not a multiple of {MULTIPLE}; buckets need "
+                    f"one, such as {max(1, round(resolution_px / MULTIPLE)) * MULTIPLE}")
   if not max_aspect >= 1:
     raise UserError(f"max_aspect {max_aspect} is below 1; 2 keeps ratios from 1:2 to 2:1")
   area = resolution_px**2
   longest = math.floor(resolution_px * math.sqrt(max_aspect))
-  sides = range(multiple, longest + 1, multiple)
+  sides = range(MULTIPLE, longest + 1, MULTIPLE)
   found = [(height, width) for height in sides for width in sides
            if LEAST_AREA * area <= height * width <= area
            and max(height, width) <= max_aspect * min(height, width)]
   return sorted(found, key=lambda shape: shape[1] / shape[0])
 
 
+def log_ratios(sizes: Sequence[Shape] | np.ndarray) -> np.ndarray:  # float64 [n]
+  """log(W / H) of sizes (H, W). Where a side is 0, not known, that of a square: 0."""
+  sizes = np.asarray(sizes)
+  known = (sizes > 0).all(axis=1)
+  height, width = np.where(known[:, None], sizes, 1).T
+  return np.log(width / height)
+
+
 class BucketPlan:
   """A plan whose batches each have one shape."""
 
-  def __init__(
-      self,
-      base: plan.Plan,
-      sizes_of: Callable[[int, np.ndarray], np.ndarray],
-      shapes: Sequence[Shape],
-      window_steps: int = 64,
-  ):
+  def __init__(self, base: plan.Plan, sizes_of: Callable[[int, np.ndarray], np.ndarray],
+               shapes: Sequence[Shape]):
     """Reads nothing yet.
 
     Args:
@@ -71,12 +72,10 @@ class BucketPlan:
       sizes_of: (source, samples int64 [n]) → int [n 2], height and width of the upright pictures;
         0 where unknown, which counts as square.
       shapes: the buckets.
-      window_steps: that are sorted together. More crop less, and cost more at once.
     """
     self._plan = base
     self._sizes_of = sizes_of
     self._shapes = tuple(shapes)
-    self._window_steps = window_steps
     # Two, because threads that prepare batches ahead may stand on either side of a boundary.
     self._sorted = functools.lru_cache(maxsize=2)(self._sort)
 
@@ -102,7 +101,7 @@ class BucketPlan:
     first, end = math.ceil(epoch * steps), math.floor((epoch + 1) * steps)
     if step >= end:
       return step, step + 1
-    windows = -(-(end - first) // self._window_steps)
+    windows = -(-(end - first) // WINDOW_STEPS)
     number = (step - first) * windows // (end - first)
     return tuple(first - (-i * (end - first) // windows) for i in (number, number + 1))
 
@@ -110,22 +109,19 @@ class BucketPlan:
     """What a window's batches read, [steps B] each, and their buckets [steps]."""
     size = self._plan.batch_size
     drawn = self._plan.at(np.arange(first * size, end * size))
-    ratio = self._log_ratios(drawn)
+    ratio = log_ratios(self._sizes(drawn))
     batches = np.argsort(ratio, kind="stable").reshape(-1, size)
-    ratios = np.log([width / height for height, width in self._shapes])
-    kept = [np.exp(-np.abs(ratio[batches] - bucket)).sum(1) for bucket in ratios]
+    kept = [np.exp(-np.abs(ratio[batches] - bucket)).sum(1) for bucket in log_ratios(self._shapes)]
     order = np.argsort(plan.keys(self._plan.seed, plan.BUCKETS, np.arange(first, end)))
     rows = np.argsort(batches % size, axis=1, kind="stable")
     batches = np.take_along_axis(batches, rows, axis=1)[order]
     return (plan.Drawn(*(column[batches] for column in drawn)),
             np.argmax(kept, axis=0)[order])
 
-  def _log_ratios(self, drawn: plan.Drawn) -> np.ndarray:
-    """float64 [n]: log(W / H), 0 where unknown."""
-    sizes = np.zeros((len(drawn.sample), 2))
+  def _sizes(self, drawn: plan.Drawn) -> np.ndarray:
+    """int64 [n 2]: height and width, 0 where unknown."""
+    sizes = np.zeros((len(drawn.sample), 2), np.int64)
     for source in np.unique(drawn.source):
       here = drawn.source == source
       sizes[here] = self._sizes_of(int(source), drawn.sample[here])
-    known = (sizes > 0).all(1)
-    height, width = np.where(known[:, None], sizes, 1).T
-    return np.log(width / height)
+    return sizes

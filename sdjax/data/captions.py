@@ -76,7 +76,7 @@ def captions_of(parts: Mapping[str, bytes]) -> tuple[str, ...]:
   if not isinstance(facts, dict):
     raise ValueError("json of the sample is not an object")
   several = facts.get("captions")
-  if isinstance(several, list) and (texts := _texts(several)):
+  if isinstance(several, list) and (texts := texts_of(several)):
     return texts
   if "txt" in parts:
     return (parts["txt"].decode("utf-8").strip(),)
@@ -100,7 +100,7 @@ def choices(facts: Mapping[str, Any], column: str | Sequence[str] = ()) -> tuple
   names = (column,) if isinstance(column, str) else tuple(column)
   if names and not any(name in facts for name in names):
     raise ValueError(f"sample has no {' and no '.join(names)}")
-  found = _texts([facts.get(name) for name in names or ("captions",)])
+  found = texts_of([facts.get(name) for name in names or ("captions",)])
   if found or names:
     return found or ("",)
   if "caption" not in facts:
@@ -108,7 +108,7 @@ def choices(facts: Mapping[str, Any], column: str | Sequence[str] = ()) -> tuple
   return (facts["caption"],)
 
 
-def _texts(values: Sequence) -> tuple[str, ...]:
+def texts_of(values: Sequence) -> tuple[str, ...]:
   """The texts among values that are texts or lists of texts, without empty ones."""
   several = (text for value in values for text in (value if isinstance(value, list) else [value]))
   return tuple(text.strip() for text in several if isinstance(text, str) and text.strip())

@@ -82,6 +82,5 @@ class HeaderSizes:
         header = images.read_header(blob)
       except images.BadPicture:  # reading it will tell
         continue
-      size = header.height, header.width
-      self._known[sample] = size[::-1] if header.orientation >= 5 else size  # a quarter turn
+      self._known[sample] = images.upright((header.height, header.width), header.orientation)
     return self._known[samples]

@@ -19,6 +19,7 @@ import json
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -59,10 +60,20 @@ class Header:
   orientation: int  # EXIF's; 1 is upright
 
 
-def read_header(blob: bytes) -> Header:
-  """Raises BadPicture when the bytes are no picture."""
+def read_header(blob: bytes, otherwise: int = 1) -> Header:
+  """Reads no pixel. Raises BadPicture when the bytes are no picture.
+
+  Args:
+    blob: a file in any format that Pillow reads; its first part may do.
+    otherwise: the orientation of a picture that has no tag itself, such as `orientation_of` gives.
+  """
   picture = _open(blob)
-  return Header(*picture.size, picture.format, picture.mode, _orientation(picture, 1))
+  return Header(*picture.size, picture.format, picture.mode, _orientation(picture, otherwise))
+
+
+def upright(sides: Sequence[int], orientation: int) -> Sequence[int]:
+  """The two sides of a picture as stored, in either order, once it stands upright."""
+  return sides[::-1] if orientation >= 5 else sides
 
 
 def orientation_of(exif: str | None) -> int:

@@ -48,7 +48,7 @@ TYPES = {
 @dataclasses.dataclass
 class _Sample:
   """Where the parts of a sample lie, and the bytes of its captions.PARTS."""
-  extents: dict[str, tar.Extent]
+  extents: dict[str, storage.Extent]
   texts: dict[str, bytes]
 
 
@@ -95,7 +95,7 @@ def scan(store: storage.Storage, url: str) -> pa.Table:
     samples, truncated = _gather(file, url, problems)
     facts, sizes, texts = [], [], []
     for key, sample in samples.items():
-      known = _facts(sample.texts.get("json", b"{}"))
+      known = json_object(sample.texts.get("json", b"{}"))
       if known is None:
         problems["unreadable json"][key] = True
       facts.append(known or {})
@@ -126,6 +126,15 @@ def facts_of(table: pa.Table) -> dict[str, Any]:
     "no picture" are not in the table, those with "unreadable json" or "duplicate name" are.
   """
   return json.loads(table.schema.metadata[METADATA])
+
+
+def json_object(blob: bytes) -> dict[str, Any] | None:
+  """A sample's json; None if it is not one, or not an object."""
+  try:
+    facts = json.loads(blob)
+  except (ValueError, RecursionError):
+    return None
+  return facts if isinstance(facts, dict) else None
 
 
 def column_of(key: str) -> str:
@@ -212,15 +221,6 @@ def _gather(file: BinaryIO, url: str, problems) -> tuple[dict[str, _Sample], boo
   return good, truncated
 
 
-def _facts(blob: bytes) -> dict[str, Any] | None:
-  """A sample's json; None if it is not one, or not an object."""
-  try:
-    facts = json.loads(blob)
-  except (ValueError, RecursionError):
-    return None
-  return facts if isinstance(facts, dict) else None
-
-
 def _caption(texts: dict[str, bytes], facts: dict[str, Any]) -> str | None:
   if "txt" in texts and "captions" not in facts:
     texts = {"txt": texts["txt"]}  # saves reading the json a second time
@@ -236,23 +236,17 @@ def _size(file: BinaryIO, sample: _Sample, facts: dict[str, Any]) -> tuple[int |
   img2dataset's are those of the picture as it is stored, which its EXIF tags may turn: it reads
   pictures by OpenCV's IMREAD_UNCHANGED (resizer.py).
   """
-  tags = facts.get("exif")
-  orientation = images.orientation_of(tags if isinstance(tags, str) else None)
+  orientation = images.orientation_of(facts.get("exif"))
   sides = facts.get("width"), facts.get("height")
   if not all(type(side) in (int, float) and 1 <= side < 2**31 for side in sides):
-    header = _header(file, sample)
+    header = _header(file, sample, orientation)
     if header is None:
       return None, None
-    sides = header.width, header.height
-    if header.format == "TIFF":
-      orientation = 1  # Pillow turns these by itself
-    elif header.orientation != 1:
-      orientation = header.orientation
-  width, height = map(int, sides)
-  return (height, width) if orientation >= 5 else (width, height)
+    sides, orientation = (header.width, header.height), header.orientation
+  return images.upright(tuple(map(int, sides)), orientation)
 
 
-def _header(file: BinaryIO, sample: _Sample) -> images.Header | None:
+def _header(file: BinaryIO, sample: _Sample, orientation: int) -> images.Header | None:
   """What a sample's picture says of itself; None without one, or one that is damaged."""
   part = next((part for part in PICTURES if part in sample.extents), None)
   if part is None:
@@ -261,13 +255,13 @@ def _header(file: BinaryIO, sample: _Sample) -> images.Header | None:
   for length in (min(HEAD, size), size):
     file.seek(offset)
     try:
-      return images.read_header(file.read(length))
+      return images.read_header(file.read(length), orientation)
     except images.BadPicture:
       continue  # some have more than HEAD before their size
   return None
 
 
-def _extents(samples: Sequence[dict[str, tar.Extent]]) -> dict[str, np.ndarray]:
+def _extents(samples: Sequence[dict[str, storage.Extent]]) -> dict[str, np.ndarray]:
   columns = {}
   for part in sorted(set().union(*samples)):
     extents = np.array([sample.get(part, (-1, 0)) for sample in samples], np.int64)

@@ -12,6 +12,7 @@ from sdjax import pictures
 from sdjax.data import captions, images, pipeline, sources
 from sdjax.errors import UserError
 
+THREADS = 4  # that decode
 BAR = 24  # characters
 QUANTILES = (0, 5, 50, 95, 100)  # per cent
 # width / height of what a bin ends below; the shapes that cameras and screens have
@@ -53,12 +54,11 @@ class Report:
   examples: dict[str, str]
 
 
-def inspect(source: sources.Source, threads: int = 4, progress=iter) -> Report:
+def inspect(source: sources.Source, progress=iter) -> Report:
   """Decodes every sample once (JPEGs at 1/8 of their size) and gathers the facts.
 
   Args:
     source: opened with `FACTS` and, to know their bytes, with `captions.PARTS`.
-    threads: that decode.
     progress: wraps the iterator over samples, as tqdm does.
 
   Raises:
@@ -76,7 +76,7 @@ def inspect(source: sources.Source, threads: int = 4, progress=iter) -> Report:
     except images.BadPicture as error:
       return str(error)
 
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     for sample, found in enumerate(progress(pool.map(told, range(source.count)))):
       if isinstance(found, str):
         broken[found] += 1
@@ -180,14 +180,10 @@ def _cell(source: sources.Source, sample: int) -> np.ndarray:
 
 def _look_at_picture(parts, facts):
   blob = next(iter(parts.values()))
-  header = images.read_header(blob)
+  header = images.read_header(blob, images.orientation_of(facts.get("exif")))
   images.decode(blob, (8, 8))  # the smallest scale still reads every byte of a JPEG
-  sides = (header.width, header.height)
-  orientation = header.orientation
-  if orientation == 1:
-    orientation = images.orientation_of(facts.get("exif"))
-  return f"{header.format} {header.mode}", sides[::-1] if orientation >= 5 else sides, (
-      _caption_length(facts))
+  sides = images.upright((header.width, header.height), header.orientation)
+  return f"{header.format} {header.mode}", sides, _caption_length(facts)
 
 
 def _look_at_moments(parts, facts):

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.data import pack
+from sdjax.data import buckets, pack, tar
+from sdjax.data.buckets import Shape
 from sdjax.data.sources import Source
 from sdjax.data.storage import Storage
 from sdjax.errors import UserError
@@ -32,7 +33,6 @@ FACTS, EMPTY = "cache.json", "empty."
 FORMAT = 1
 SIZES_AT_ONCE = 10_000       # samples whose sizes are looked up together
 STATES = ("context.npy", "pooled.npy")  # parts that hold the states of a text
-Shape = tuple[int, int]      # (H, W) px
 
 
 class Shard(NamedTuple):
@@ -53,9 +53,7 @@ def plan(source: Source, sizes: Sequence[Shape], shard_size: int) -> list[Shard]
   Raises:
     UserError: `shard_size` is out of range.
   """
-  if not 1 <= shard_size <= 10**pack.SAMPLE_DIGITS:
-    raise UserError(f"shard_size {shard_size} is not within 1 … {10**pack.SAMPLE_DIGITS}; "
-                    "1000 suits most disks")
+  pack.check_shard_size(shard_size)
   best = np.zeros(source.count, np.int16)
   if len(sizes) > 1:
     for start in range(0, source.count, SIZES_AT_ONCE):
@@ -74,10 +72,8 @@ def nearest(
     sizes: Sequence[Shape],
 ) -> np.ndarray:               # int64 [n], places in `sizes`
   """Which size crops each picture least: the one whose aspect ratio differs by the least factor."""
-  known = (pictures > 0).all(axis=1)
-  height, width = np.where(known[:, None], pictures, 1).T
-  ratios = np.log([width / height for height, width in sizes])
-  return np.abs(np.log(width / height)[:, None] - ratios).argmin(axis=1)
+  differences = buckets.log_ratios(pictures)[:, None] - buckets.log_ratios(sizes)
+  return np.abs(differences).argmin(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +148,7 @@ class Writer:
           if isinstance(sample, pack.Failure):
             failures.append(dataclasses.asdict(sample))
             continue
-          for part, blob in sorted(sample.items()):
-            member = tarfile.TarInfo(f"{stem}{place:0{pack.SAMPLE_DIGITS}d}.{part}")
-            member.size, member.mode = len(blob), 0o444
-            archive.addfile(member, io.BytesIO(blob))
+          tar.add_sample(archive, tar.sample_key(shard.number, place), sample)
       count = len(shard.samples)
       with write_whole(self._out / f"{stem}_stats.json", "w") as stats:
         json.dump({"count": count, "successes": count - len(failures), "failures": failures},

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from sdjax.data import images
+from sdjax.data import captions, images, tar
 from sdjax.data.index import MOMENTS, PICTURES
 from sdjax.errors import UserError
 from sdjax.files import temporary_beside
@@ -31,7 +31,7 @@ from sdjax.files import temporary_beside
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
 SPACES = str.maketrans("_-", "  ")  # in names of folders that are captions
-SAMPLE_DIGITS = 4
+THREADS = 4  # that convert
 AHEAD = 32  # pictures converted before they are written: a bound on memory
 
 
@@ -49,6 +49,9 @@ class Failure:
   name: str
   reason: str
 
+  def __str__(self) -> str:
+    return f"{self.name}: {self.reason}"
+
 
 @dataclasses.dataclass
 class Result:
@@ -60,7 +63,7 @@ class Result:
 
 
 def pack(sources: list[Source], folder: str | Path, out: str | Path, shard_size: int = 1000,
-         quality: int = 95, threads: int = 4, progress=iter) -> Result:
+         quality: int = 95, progress=iter) -> Result:
   """Packs the pictures that `find_sources` found in `folder` into new shards at `out`.
 
   RGB JPEGs that stand upright go in byte for byte; everything else becomes such a JPEG. A picture
@@ -72,7 +75,6 @@ def pack(sources: list[Source], folder: str | Path, out: str | Path, shard_size:
     out: a folder that does not exist yet, or is empty. It appears when all shards are complete.
     shard_size: pictures per shard, 1 … 10,000.
     quality: of JPEGs that have to be made, 1 … 95.
-    threads: that convert.
     progress: wraps the iterator of finished pictures, as tqdm does.
 
   Raises:
@@ -81,7 +83,7 @@ def pack(sources: list[Source], folder: str | Path, out: str | Path, shard_size:
   """
   if not 1 <= quality <= 95:
     raise UserError(f"quality {quality} is not within 1 … 95; 95 is visually lossless")
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     finished = _map_ahead(pool, lambda source: convert(Path(folder), source, quality), sources)
     return write_shards(progress(finished), out, shard_size)
 
@@ -155,9 +157,7 @@ def write_shards(samples: Iterable[dict | Failure], out: str | Path,
     OSError: the disk is full. Nothing is left behind.
   """
   out = Path(out).resolve()
-  if not 1 <= shard_size <= 10**SAMPLE_DIGITS:
-    raise UserError(f"shard_size {shard_size} is not within 1 … {10**SAMPLE_DIGITS}; "
-                    "1000 suits most disks")
+  check_shard_size(shard_size)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"{out} is not an empty folder; choose another, or remove it")
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +186,13 @@ def write_shards(samples: Iterable[dict | Failure], out: str | Path,
   return result
 
 
+def check_shard_size(shard_size: int) -> None:
+  """Raises UserError unless the keys have room for so many samples per shard."""
+  if not 1 <= shard_size <= 10**tar.SAMPLE_DIGITS:
+    raise UserError(f"shard_size {shard_size} is not within 1 … {10**tar.SAMPLE_DIGITS}; "
+                    "1000 suits most disks")
+
+
 def _write_shard(samples: Iterator[dict | Failure], folder: Path, result: Result) -> None:
   """Writes one tar and its statistics; adds what it wrote to `result`."""
   start, number = time.time(), result.shards
@@ -198,12 +205,8 @@ def _write_shard(samples: Iterator[dict | Failure], folder: Path, result: Result
         result.failures.append(sample)
         continue
       status["success"] += 1
-      key = f"{number:05d}{position:0{SAMPLE_DIGITS}d}"
-      for part, blob in sorted(_members(key, sample).items()):
-        member = tarfile.TarInfo(f"{key}.{part}")
-        member.size = len(blob)
-        member.mode = 0o444
-        archive.addfile(member, io.BytesIO(blob))
+      key = tar.sample_key(number, position)
+      tar.add_sample(archive, key, _members(key, sample))
   end = time.time()
   failed = status.total() - status["success"]
   stats = {"count": status.total(), "successes": status["success"], "failed_to_download": 0,
@@ -261,8 +264,9 @@ def _from_metadata(path: Path) -> list[Source]:
       if not isinstance(name, str) or not name:
         raise UserError(f"{path} line {number}: no file_name; give the picture's name")
       caption = next((row.pop(column) for column in ("text", "caption") if column in row), None)
-      if several := _texts(row.pop("captions", None)):
-        row["captions"] = several
+      # In a .csv, which knows no lists, it is one text.
+      if several := captions.texts_of([row.pop("captions", None)]):
+        row["captions"] = list(several)
         caption = several[0] if caption is None else caption
       if not isinstance(caption, str):
         raise UserError(f"{path} line {number}: no text for {name}; give text, caption or captions")
@@ -270,14 +274,6 @@ def _from_metadata(path: Path) -> list[Source]:
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
   return sorted(sources, key=lambda source: source.name)
-
-
-def _texts(captions) -> list[str]:
-  """What "captions" says: a list of texts, or just one where a .csv knows no lists."""
-  captions = [captions] if isinstance(captions, str) else captions
-  if not isinstance(captions, list):
-    return []
-  return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -327,4 +323,4 @@ def _map_ahead(pool, function, items: Iterable) -> Iterator:
 def _told(failures: list[Failure]) -> str:
   if not failures:
     return "none was given"
-  return f"{len(failures)} failed, the first is {failures[0].name}: {failures[0].reason}"
+  return f"{len(failures)} failed, the first is {failures[0]}"

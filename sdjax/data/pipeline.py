@@ -75,7 +75,6 @@ class Pipeline:
     count: samples of all sources.
     batch_size: global, over all processes.
     replaced: reason → samples replaced for it, in the batches yielded so far by this process.
-    counters: the same, and what the sources left out.
   """
 
   def __init__(
@@ -123,8 +122,6 @@ class Pipeline:
                       "moments; switch them off, or train from the pictures")
     self.count = sum(source.count for source in sources)
     self.batch_size = batch_size
-    self.counters = sum((collections.Counter(source.problems) for source in sources),
-                        collections.Counter())
     self._sources, self._weights = tuple(sources), tuple(weights)
     self._options, self._seed = options, seed
     self._decoder = images.decoder_name(options.decoder)
@@ -138,6 +135,11 @@ class Pipeline:
     self._drawn, self.replaced = 0, collections.Counter()
     always_alike = not (options.random_crop or options.bucket or len(options.resolutions) > 1)
     self._cache = _Cache(cache_bytes if always_alike else 0)
+
+  @property
+  def counters(self) -> collections.Counter:
+    """Reason → samples that the sources left out, and those `replaced`."""
+    return sum((collections.Counter(source.problems) for source in self._sources), self.replaced)
 
   def batches(self, start: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
     """The batches of steps `start`, `start` + 1, … without end.
@@ -314,7 +316,6 @@ class Pipeline:
     return tokens.reshape(len(texts), -1, tokens.shape[-1])
 
   def _count(self, drawn, replaced):
-    self.counters.update(replaced)
     self._drawn += drawn
     self.replaced.update(replaced)
     limit, bad = self._options.max_bad_share, self.replaced.total()
@@ -356,8 +357,8 @@ def original_size(source: Source, sample: int, facts: Mapping[str, Any]) -> tupl
   sides = facts.get("original_height"), facts.get("original_width")
   if not all(isinstance(side, int | float) and side >= 1 for side in sides):
     sides = source.sizes(np.array([sample]))[0]
-  elif images.orientation_of(facts.get("exif")) >= 5:
-    sides = sides[::-1]  # img2dataset tells them of the picture as it was stored
+  else:  # img2dataset tells them of the picture as it was stored
+    sides = images.upright(sides, images.orientation_of(facts.get("exif")))
   return int(sides[0]), int(sides[1])
 
 

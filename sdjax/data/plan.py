@@ -156,20 +156,6 @@ class Plan:
     return np.stack([counts, columns, (counts // (columns * UNITS_PER_COLUMN)).clip(1, UNIT)], 1)
 
 
-def sample_ids(
-    seed: int,
-    step: int,
-    batch_size: int,           # global
-    count: int,                # of samples in the data set, at least 1
-    rows: slice = slice(None),
-) -> np.ndarray:               # int64 [rows]
-  """Ids in [0, count) of the samples of one step, or of some rows of it.
-
-  Every epoch visits each sample exactly once; epochs may begin in the middle of a batch.
-  """
-  return Plan((count,), (1.0,), batch_size, seed).rows(step, rows).sample
-
-
 def positions(step: int, batch_size: int, rows: slice = slice(None)) -> np.ndarray:
   """Numbers int64 [rows] of a step's rows, counted from the start of the run."""
   return step * batch_size + np.arange(batch_size, dtype=np.int64)[rows]

@@ -304,7 +304,7 @@ class Shards:
       if self._store.stat(url) != self._stats[shard]:
         raise UserError(f"{url} has changed since the run began; start again")
       if shard not in self._indexed:
-        index.load(self._store, url, columns=["key"])
+        index.load(self._store, url, columns=[])
         self._indexed.add(shard)
     parts = (index.MOMENTS, *index.PICTURES, *self._more)
     extents = {f"{part}.{end}" for part in parts for end in ("offset", "size")}

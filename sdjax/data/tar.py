@@ -1,69 +1,31 @@
-"""Where the members of a tar lie, so that any sample can be read without reading the ones before.
+"""Where the members of a tar lie, so that any sample can be read without those before it.
 
 Follows webdataset (https://github.com/webdataset/webdataset): files that share the path up to the
 first dot of their base name are one sample, and the rest of the name says which part:
-`a/000000012.seg.png` is part "seg.png" of sample "a/000000012".
+`a/000000012.seg.png` is part "seg.png" of sample "a/000000012". `add_sample` writes them so.
 """
 
-import dataclasses
 import io
-import os
+import tarfile
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 from sdjax.errors import UserError
 
-Extent = tuple[int, int]  # offset of a member's first byte in the tar, its size; both in bytes
 BLOCK = 512
 FILES, WITHOUT_DATA = b"0\x007", b"123456"  # kinds of members: files; links, devices, folders
 # Headers before a member's own: PAX records (of it, of all), GNU's long name (of it, of its link).
 PAX, PAX_GLOBAL, LONG_NAME, LONG_LINK = b"x", b"g", b"L", b"K"
 MAX_EXTENSION = 1 << 20  # bytes of such a header; a path is far below
+SAMPLE_DIGITS = 4  # of the keys that we write; a shard has at most 10,000 samples
 
 
 class Truncated(Exception):
   """A tar that ends, or turns into nonsense, in the middle: a download that broke off."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Contents:
-  """What a tar holds.
-
-  Attributes:
-    samples: key → part → where, in the order of the tar. Parts are lower case, without a dot first.
-    truncated: the file ends, or turns into nonsense, in the middle. `samples` are the ones before;
-      the sample being written there is left out, since its last parts may be missing.
-  """
-  samples: dict[str, dict[str, Extent]]
-  truncated: bool
-
-
-def scan(path: str | Path) -> Contents:
-  """Reads the headers of a tar, and none of its data.
-
-  A download that broke off is common and no reason to stop: what came before the break is kept and
-  `truncated` tells. A file that is no tar at all is an error.
-
-  Raises:
-    UserError: not an uncompressed tar.
-    OSError: the file cannot be read.
-  """
-  samples: dict[str, dict[str, Extent]] = {}
-  key = None
-  with open(path, "rb") as file:
-    try:
-      for name, offset, size in members(file, path):
-        key, part = split_name(name)
-        samples.setdefault(key, {})[part] = (offset, size)
-    except Truncated:
-      samples.pop(key, None)
-      return Contents(samples, truncated=True)
-  return Contents(samples, truncated=False)
-
-
-def members(file: BinaryIO, url: str | Path) -> Iterator[tuple[str, int, int]]:
+def members(file: BinaryIO, url: str) -> Iterator[tuple[str, int, int]]:
   """Name, offset and size of each file in a tar (ustar, PAX or GNU), in its order.
 
   The standard library's tarfile takes 43 µs a member of img2dataset's shards, this a fifth of it.
@@ -108,21 +70,20 @@ def members(file: BinaryIO, url: str | Path) -> Iterator[tuple[str, int, int]]:
       raise Truncated
 
 
-def read(path: str | Path, extents: list[Extent]) -> list[bytes]:
-  """The bytes of some members. Needs no open file between calls, so threads may share it.
+def add_sample(archive: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:
+  """Appends a sample's parts, sorted: members KEY.PART that anyone may read.
 
-  Raises:
-    UserError: the file has become shorter than it was when it was scanned.
-    OSError: the file cannot be read.
+  Without time and owner, so that the same samples make the same tar.
   """
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    blobs = [os.pread(handle, size, offset) for offset, size in extents]
-  finally:
-    os.close(handle)
-  if any(len(blob) != size for blob, (_, size) in zip(blobs, extents, strict=True)):
-    raise UserError(f"{path} changed while it was in use; start again")
-  return blobs
+  for part, blob in sorted(parts.items()):
+    member = tarfile.TarInfo(f"{key}.{part}")
+    member.size, member.mode = len(blob), 0o444
+    archive.addfile(member, io.BytesIO(blob))
+
+
+def sample_key(shard: int, place: int) -> str:
+  """The key of a sample as img2dataset counts them: "000120003" is sample 3 of 00012.tar."""
+  return f"{shard:05d}{place:0{SAMPLE_DIGITS}d}"
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -197,5 +197,23 @@ def test_pillow_turns_a_tiff_itself(tmp_path):
   assert upright[:, 30:].min() == 255 and upright[:, :10].max() == 0
   tags = {"width": None, "height": None, "exif": '{"Image Orientation": "Rotated 90 CW"}'}
   pack.write_shards([{"jpg": buffer.getvalue(), "txt": "", "json": tags}], tmp_path / "s")
-  np.testing.assert_array_equal(
-      sources.open_source(str(tmp_path / "s")).sizes(np.array([0])), [[30, 40]])
+  source = sources.open_source(str(tmp_path / "s"), facts=inspection.FACTS)
+  np.testing.assert_array_equal(source.sizes(np.array([0])), [[30, 40]])
+  np.testing.assert_array_equal(inspection.inspect(source).sides, [[40, 30]])
+
+
+def test_a_pictures_own_tag_comes_before_that_of_its_json(tmp_path):
+  stored = np.zeros((30, 40, 3), np.uint8)
+  stored[:, :20] = 255                                       # the left
+  tags = {"width": None, "height": None, "exif": '{"Image Orientation": "Rotated 90 CW"}'}
+  for own, size, white in ((1, (30, 40), np.s_[:, :20]), (8, (40, 30), np.s_[20:])):
+    exif = Image.Exif()
+    exif[0x112] = own
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "PNG", exif=exif)
+    pixels = images.decode(buffer.getvalue(), size, orientation=6)
+    assert pixels[white].min() == 255 and pixels.mean() < 128, own
+    pack.write_shards([{"png": buffer.getvalue(), "txt": "", "json": tags}], tmp_path / str(own))
+    source = sources.open_source(str(tmp_path / str(own)), facts=inspection.FACTS)
+    np.testing.assert_array_equal(source.sizes(np.array([0])), [size])
+    np.testing.assert_array_equal(inspection.inspect(source).sides, [size[::-1]])

@@ -75,8 +75,9 @@ def landscape_or_not(number):
 
 
 def test_a_batch_holds_what_the_plan_says(fifty):
+  order = plan.Plan((50,), (1.0,), 8, seed=3)
   for step, batch in enumerate(take(make(fifty, **PLAIN), 10)):
-    ids = plan.sample_ids(3, step, 8, 50)
+    ids = order.rows(step).sample
     np.testing.assert_array_equal(batch["tokens"][:, 0, 0], ids)
     assert batch["tokens"].shape == (8, 1, 2) and batch["tokens"].dtype == np.int32
     assert batch["image"].dtype == np.uint8
@@ -204,7 +205,7 @@ def test_bad_samples_are_counted_and_replaced_alike_everywhere(make_shards):
   options = {"captions": Captions(), "max_bad_share": 0.2, "flip": False}
   pipeline = make(opened(folder), **options)
   whole = take(pipeline, 25)  # 200 rows: four epochs
-  order = np.concatenate([plan.sample_ids(3, step, 8, 50) for step in range(25)])
+  order = plan.Plan((50,), (1.0,), 8, seed=3).at(np.arange(25 * 8)).sample
   found, is_bad = numbers(whole), np.isin(order, bad)
   np.testing.assert_array_equal(found[~is_bad], order[~is_bad])
   assert is_bad.sum() == 12 and not set(found) & set(bad)
