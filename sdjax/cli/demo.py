@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from sdjax.errors import UserError
 
@@ -22,6 +23,7 @@ sdjax demo: a text-to-image model from nothing, about {minutes} minutes on two C
 Everything goes into {workdir}/. Ctrl-C stops; the same command goes on where it stopped.
 """
 MINUTES = 9
+SMALL = {"total_steps": 20, "data": {"batch_size": 8}, "evaluation": {"count": 32}}
 NEXT = """
 What to try next:
   look at       {picture}
@@ -39,7 +41,7 @@ class Demo:
   workdir: Path
   pictures: int
   seed: int
-  overrides: dict[str, int]
+  overrides: dict[str, Any]  # of the config
 
   def folder(self, name: str) -> Path:
     """A folder of the demo."""
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     _remove(workdir)
   demo = Demo(
       workdir, pictures=200 if flags.small else 10_000, seed=flags.seed,
-      overrides={"total_steps": 20} if flags.small else {})
+      overrides=SMALL if flags.small else {})
   print(INTRODUCTION.format(minutes=1 if flags.small else MINUTES, pictures=demo.pictures,
                             workdir=workdir))
   from sdjax.cli import device
@@ -114,13 +116,18 @@ def draw(demo: Demo) -> str:
   return f"{demo.pictures:,} pictures in {out}"
 
 
-def _train(demo: Demo, stage: str, urls: Path, init_from: str = "") -> Path:
+def _config(demo: Demo, stage: str):
   from configs import shapes
-  from sdjax.train import loop
   config = shapes.get_config(f"stage={stage}")
-  with config.unlocked():
-    config.seed, config.data.urls, config.init_from = demo.seed, str(urls), init_from
-    config.update(demo.overrides)
+  config.seed = demo.seed
+  config.update(demo.overrides)
+  return config
+
+
+def _train(demo: Demo, stage: str, urls: Path, init_from: str = "") -> Path:
+  from sdjax.train import loop
+  config = _config(demo, stage)
+  config.data.urls, config.init_from = str(urls), init_from
   out = demo.folder(stage)
   return out / "model" if (out / "model").is_dir() else loop.train(config, out)
 
@@ -150,11 +157,10 @@ def diffusion(demo: Demo) -> str:
 
 def evaluate(demo: Demo) -> str:
   """Stage 5."""
-  from configs import shapes
   from sdjax.checkpoints import diffusers
   from sdjax.eval import held_out
   sd, params = diffusers.load(demo.folder("diffusion") / "model")
-  result = held_out.evaluate(sd, params, shapes.get_config().evaluation)
+  result = held_out.evaluate(sd, params, _config(demo, "diffusion").evaluation)
   held_out.write(result, demo.workdir)
   return held_out.describe(result)
 
