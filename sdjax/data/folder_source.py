@@ -78,8 +78,9 @@ class HeaderSizes:
   def __call__(self, samples: np.ndarray) -> np.ndarray:
     for sample in np.unique(samples[self._known[samples, 0] == 0]):
       try:
-        (blob,) = self._read(int(sample))[0].values()
-        header = images.read_header(blob)
+        parts, facts = self._read(int(sample))
+        (blob,) = parts.values()
+        header = images.read_header(blob, images.orientation_of(facts.get("exif")))
       except images.BadPicture:  # reading it will tell
         continue
       self._known[sample] = images.upright((header.height, header.width), header.orientation)

@@ -253,9 +253,10 @@ class Part:
 
   def __init__(self, source: Source, chosen: np.ndarray):  # bool [shards]
     """Takes the samples of the chosen shards, in their order."""
-    counts = np.diff(source.starts)[chosen]
+    starts = np.array(source.starts)
+    counts = np.diff(starts)[chosen]
     self._source, self._ends = source, np.cumsum(counts)
-    self._shifts = source.starts[:-1][chosen] - (self._ends - counts)
+    self._shifts = starts[:-1][chosen] - (self._ends - counts)
     self.shards = [url for url, is_in in zip(source.shards, chosen, strict=True) if is_in]
     self.count, self.kind, self.is_remote = int(self._ends[-1]), source.kind, source.is_remote
     self.digest = f"{source.digest} {self._shifts[0]} {self.count}"

@@ -233,12 +233,17 @@ class Pipeline:
   def _start_reading(self, readers, source: int, sample: int) -> Callable[[], Any]:
     """Returns what gives a sample's parts and facts: begun at once, if they come from afar."""
     read = functools.partial(self._sources[source].read, sample)
-    return readers.submit(read).result if self._sources[source].is_remote else read
+    if self._sources[source].is_remote and self._cache.find((source, sample)) is None:
+      return readers.submit(read).result
+    return read
 
   def _fill(self, drawn, reads, batch) -> tuple[int, collections.Counter]:
     """Writes some rows of a batch. Returns how many, and what had to be replaced."""
     replaced, chosen = collections.Counter(), []
     draws = plan.uniforms(self._seed, drawn.position, DRAWS)
+    # All in a row, for decoders drive out of the processor's caches what reading needs.
+    reads = [read if self._cache.find((int(source), int(sample))) else _read_now(read)
+             for read, source, sample in zip(reads, drawn.source, drawn.sample, strict=True)]
     for row, read in enumerate(reads):
       chosen.append(self._fill_row(
           *(int(column[row]) for column in drawn), read, draws[row],
@@ -350,6 +355,19 @@ class _Cache:
         self._found[sample] = value
       elif size > self._left:
         self.keeps = False  # what is in stays
+
+
+def _read_now(read: Callable[[], Any]) -> Callable[[], Any]:
+  """Calls `read`; returns what gives its result, or raises its BadPicture, in its place."""
+  try:
+    found = read()
+  except images.BadPicture as error:
+    return functools.partial(_raise, error)
+  return lambda: found
+
+
+def _raise(error: Exception):
+  raise error
 
 
 def original_size(source: Source, sample: int, facts: Mapping[str, Any]) -> tuple[int, int]:

@@ -92,9 +92,10 @@ class Storage:
     return io.BufferedReader(_Remote(self, url), block)
 
   def _place(self, url: str) -> Local | Http | Cloud:
-    scheme, found, _ = url.partition("://")
+    if "://" not in url:
+      return self._local
     known = {"file": self._local, "http": self._http, "https": self._http}
-    return known.get(scheme.lower(), self._cloud) if found else self._local
+    return known.get(url.partition("://")[0].lower(), self._cloud)
 
   def _patiently(self, ask: Callable, url: str, *arguments):
     """ask(url, *arguments), again while it fails in passing."""
