@@ -295,15 +295,14 @@ class Shards:
 
   def _find(self, shard: int, row: int) -> tuple[Group, int]:
     number, row = divmod(row, index.ROW_GROUP)
-    with self._replacing():
-      group = self._group(shard, number)
+    group = self._group(shard, number)
     if row >= len(group.keys):
       raise images.BadPicture("missing sample")
     return group, row
 
   def _read_group(self, shard: int, number: int) -> Group:
     url = self.shards[shard]
-    with self._locks[shard]:  # or two threads would index it twice
+    with self._replacing(), self._locks[shard]:  # or two threads would index it twice
       if self._store.stat(url) != self._stats[shard]:
         raise UserError(f"{url} has changed since the run began; start again")
       if shard not in self._indexed:
