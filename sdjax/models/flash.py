@@ -72,6 +72,9 @@ def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
           block_q=block_q, block_kv=block_k,
           block_q_dkv=block_q, block_kv_dkv=block_k,
           block_q_dq=block_q, block_kv_dq=block_k),
+      # What the backward pass needs of the forward one, so that the policy "named" of `remat.py`
+      # need not run that again: without it, it would keep the result and compute it all the same.
+      residual_checkpoint_name="attention",
       interpret=interpret)
 
   # Only positions of one segment see each other. In causal attention padding is in the future.

@@ -23,7 +23,8 @@ POLICIES = {
 def named_outputs(remat: str) -> contextlib.AbstractContextManager:
   """Within it, a UNet being applied names what "named" keeps; other policies need no names.
 
-  These are what comes out of convolutions, and of attention: what goes into its projection.
+  These are what comes out of convolutions, and of attention: what goes into its projection. The
+  fused kernel for TPUs itself names what its backward pass needs, see `flash.py`.
   """
   def intercept(call, args, kwargs, context):
     if context.method_name != "__call__":

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from sdjax.errors import UserError
 from sdjax.models import initializers, remat
@@ -47,6 +48,19 @@ def test_convolutions_are_computed_again_only_where_nothing_is_kept(setting):
   assert none == named < blocks, count
   # The inside of attention is computed again by both.
   assert exponentials[0] < exponentials[1] <= exponentials[2], count
+
+
+def test_the_kernel_for_tpus_runs_again_only_where_nothing_is_kept(setting):
+  """Lowered for a TPU, which needs none: 32 × 32 tokens are the fewest that it attends to."""
+  params, (_, t, condition) = setting
+  args = (np.zeros((2, 32, 32, 4), np.float32), t, condition)
+  count = {}
+  with jax.set_mesh(jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+    for policy in remat.POLICIES:
+      traced = jax.jit(gradient(policy, args)).trace(params)
+      text = traced.lower(lowering_platforms=("tpu",)).as_text()
+      count[policy] = [text.count(f"splash_mha_{name}") for name in ("fwd", "dq", "dkv")]
+  assert count == {"none": [1, 1, 1], "named": [1, 1, 1], "blocks": [2, 1, 1]}
 
 
 def test_unknown_policies_are_named(tiny_model):
