@@ -1,6 +1,7 @@
 """Compiles the training step for 16 TPU v5e chips, ahead of time, and tells what it would move.
 
   python benchmarks/aot.py                  Stable Diffusion 1.5 on each of MESHES, as a table
+  python benchmarks/aot.py sd15 remat       the policies of `models/remat.py` at the same batch
   python benchmarks/aot.py small            a network that compiles in a minute
 
 Needs `libtpu` from PyPI (pip install 'sdjax[aot]'), and no TPU. Bytes are counted per chip and
@@ -23,6 +24,9 @@ MESHES = {
     "fsdp": (dict(data=4, fsdp=4), "fsdp", "blocks", 32),
     "zero1": (dict(data=4, fsdp=4), "zero1", "named", 16),
 }
+REMAT = {f"fsdp {remat}": (dict(data=4, fsdp=4), "fsdp", remat, 8)
+         for remat in ("none", "named", "blocks")}
+TABLES = {"meshes": MESHES, "remat": REMAT}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
@@ -54,7 +58,7 @@ def collectives(text: str) -> dict[tuple[str, str], int]:
 
 
 def lower(model: str, name: str):
-  """Returns (lowered step, shapes, shardings) of a model on one of MESHES."""
+  """Returns (lowered step, shapes, shardings) of a model for a row of MESHES or REMAT."""
   import jax
   from jax.experimental import topologies
   from ml_collections import ConfigDict
@@ -66,7 +70,7 @@ def lower(model: str, name: str):
   from sdjax.stable_diffusion import StableDiffusion
   from sdjax.train import losses, optimizer, partitioning, state, step
 
-  sizes, rule, remat, images = MESHES[name]
+  sizes, rule, remat, images = (MESHES | REMAT)[name]
   config = common.defaults()
   config.dtype, config.partition, config.accumulate = "bfloat16", ((".*", rule),), 1
   config.mesh = ConfigDict(sizes)
@@ -98,7 +102,7 @@ def lower(model: str, name: str):
 
 
 def measure(model: str, name: str) -> dict:
-  """Compiles a model for one of MESHES and returns what is known of it, sizes in bytes."""
+  """Compiles a row of MESHES or REMAT and returns what is known of it, sizes in bytes."""
   import jax
   lowered, shapes, shardings = lower(model, name)
   start = time.perf_counter()
@@ -125,11 +129,11 @@ def measure(model: str, name: str) -> dict:
   }
 
 
-def main(model: str) -> None:
-  """Prints a row per mesh."""
+def main(model: str, table: str = "meshes") -> None:
+  """Prints one of TABLES."""
   print("| mesh | rule | remat | images per chip | compile, s | state, GiB | temporary, GiB | "
         + " | ".join(f"{kind}, MiB" for kind in KINDS) + " |\n" + "|---" * (7 + len(KINDS)) + "|")
-  for name, (sizes, rule, remat, images) in MESHES.items():
+  for name, (sizes, rule, remat, images) in TABLES[table].items():
     found = measure(model, name)
     moved = [sum(size for key, size in found["collectives"].items() if key.startswith(kind + " "))
              for kind in KINDS]
