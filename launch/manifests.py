@@ -14,6 +14,9 @@ SAVE_S = 120                          # from SIGTERM to SIGKILL: time for a last
 FINAL_CODES = [2, 3, 4]               # README.md: the same command would end in the same way again
 EXTRAS = {"tpu": "jax[tpu]", "gpu": "jax[cuda13]"}
 
+# What YAML 1.1, which Kubernetes and SkyPilot read, takes for a boolean or for nothing.
+YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+
 JOBSET_HEADER = "# {count} x {target}: {processes} pods of {chips} chips, one process each.\n"
 
 
@@ -92,7 +95,7 @@ def after_key(value: Any, indent: int) -> str:
 def scalar(value: Any) -> str:
   """Returns a string bare where that is safe, all else as JSON."""
   safe = "[A-Za-z/][A-Za-z0-9_./-]*(:[A-Za-z0-9_./-]+)*"
-  if isinstance(value, str) and re.fullmatch(safe, value) and value not in ("true", "false"):
+  if isinstance(value, str) and re.fullmatch(safe, value) and value.lower() not in YAML_WORDS:
     return value
   return json.dumps(value, ensure_ascii=False)
 
@@ -104,7 +107,7 @@ def jobset(job: Job) -> str:
   # Slices are jobs, their hosts pods; nodes of GPUs are pods of one job.
   jobs, pods = (job.count, target.hosts) if is_tpu else (1, job.count)
   metadata: dict[str, Any] = {"name": job.name}
-  if is_tpu:                          # a slice is a node pool, and is not shared
+  if is_tpu and pods > 1:             # a slice is then a node pool, and is not shared
     metadata["annotations"] = {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
   manifest = {
@@ -141,14 +144,17 @@ def pod(job: Job) -> dict[str, Any]:
   else:
     resource, selector = "nvidia.com/gpu", {"cloud.google.com/gke-accelerator":
                                             target.gke_accelerator}
-  if job.spot:
+  tolerations = {}
+  if job.spot:                        # Google's advice is to taint such nodes, for those who can
     selector["cloud.google.com/gke-spot"] = "true"
+    tolerations = {"tolerations": [{"key": "cloud.google.com/gke-spot", "operator": "Equal",
+                                    "value": "true", "effect": "NoSchedule"}]}
   container = {
       "name": "sdjax", "image": job.image, "command": job.entry, "env": place(job),
       "ports": [{"containerPort": PORT}],
       "resources": {"limits": {resource: target.chips_per_host}}}
   spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": SAVE_S,
-          "nodeSelector": selector, "containers": [container]}
+          "nodeSelector": selector, **tolerations, "containers": [container]}
   if not job.bucket:
     return {"spec": spec}
   container["volumeMounts"] = [{"name": "bucket", "mountPath": f"/mnt/{job.bucket}"}]
@@ -180,11 +186,15 @@ def skypilot(job: Job) -> str:
   if is_tpu:
     resources["accelerator_args"] = {"runtime_version": target.runtime_version}
   resources["use_spot"] = job.spot
-  run = [
-      'export SDJAX_COORDINATOR="$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):' + f'{PORT}"',
-      'export SDJAX_NUM_PROCESSES="$(wc -l <<<"$SKYPILOT_NODE_IPS")"',
-      'export SDJAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',
-      f"exec {shlex.join(job.entry)}"]
+  if job.processes == 1:
+    run = []
+  elif is_tpu:                        # as on Cloud TPU, which these are
+    run = ["export SDJAX_COORDINATOR=auto"]
+  else:
+    run = ['export SDJAX_COORDINATOR="$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):' + f'{PORT}"',
+           f"export SDJAX_NUM_PROCESSES={job.processes}",
+           'export SDJAX_PROCESS_ID="$SKYPILOT_NODE_RANK"']
+  run.append(f"exec {shlex.join(job.entry)}")
   return to_yaml({
       "name": job.name, "workdir": ".", "num_nodes": job.count, "resources": resources,
       "setup": f"{install(target.platform)}\n", "run": "\n".join(run)})

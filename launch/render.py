@@ -29,14 +29,15 @@ SLURM = """\
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1{gpus}
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={name}-%j.out
 #SBATCH --signal=B:USR1@{save_s}
 #
-# One process per node drives all of its GPUs; sdjax finds the others by what srun sets. A requeued
-# job goes on from its last checkpoint. {save_s} s before its time is up, it requeues itself: the
-# tasks get SIGTERM, and save.
+# Nodes as a whole, with all of their memory (0). One process per node drives all of its GPUs; sdjax
+# finds the others by what srun sets. A requeued job goes on from its last checkpoint. {save_s} s
+# before its time is up, it requeues itself: the tasks get SIGTERM, and save.
 set -euo pipefail
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
@@ -63,9 +64,15 @@ set -euo pipefail
 
 # One slice, now or never.
 CREATE = """\
-gcloud compute tpus tpu-vm describe {name} --zone {zone} >/dev/null 2>&1 ||
+state="$(gcloud compute tpus tpu-vm describe {name} --zone {zone} \\
+  --format 'value(state)' 2>/dev/null || true)"
+if [[ -z "$state" ]]; then
   gcloud compute tpus tpu-vm create {name} --zone {zone} \\
-    --accelerator-type {accelerator} --version {version}{spot}"""
+    --accelerator-type {accelerator} --version {version}{spot}
+elif [[ "$state" != READY ]]; then
+  echo {name} "is $state, not READY: wait, or delete it, then start again" >&2
+  exit 1
+fi"""
 
 # As many slices as wanted, when Google has them.
 QUEUE = """\
@@ -82,6 +89,9 @@ until [[ "$state" == ACTIVE ]]; do
   state="$(gcloud compute tpus queued-resources describe {name} --zone {zone} \\
     --format 'value(state.state)')"
 done"""
+
+# What xpk 1.16 does not know, or cuts to two hosts of four chips.
+NOT_IN_XPK = ("v5e-4", "v5e-8", "v6e-8")
 
 # Without huge pages the TPU's runtime is slow to start and to stop, as JAX warns.
 HUGE_PAGES = "sudo sh -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled'"
@@ -106,15 +116,16 @@ def slurm(job: Job) -> str:
 def tpu_script(job: Job, create: str, tool: str, everywhere: str, first: str) -> str:
   one_or_more = f"--node-id {job.name}" if job.count == 1 else (
       f"--node-count {job.count} --node-prefix {job.name}")
+  zone = shlex.quote(job.zone)
   create = create.format(
-      name=job.name, zone=job.zone, nodes=one_or_more, accelerator=job.target.accelerator,
+      name=job.name, zone=zone, nodes=one_or_more, accelerator=job.target.accelerator,
       version=job.target.runtime_version, spot=" --spot" if job.spot else "")
   # A TPU machine knows its slice, and JAX asks it.
   auto = "SDJAX_COORDINATOR=auto " if job.processes > 1 else ""
   run = f"{auto}nohup {shlex.join(job.entry)} </dev/null >>run.log 2>&1 &"
   return TPU.format(
       count=job.count, target=job.target_name, hosts=job.processes,
-      chips=job.target.chips_per_host, name=job.name, zone=job.zone, create=create, tool=tool,
+      chips=job.target.chips_per_host, name=job.name, zone=zone, create=create, tool=tool,
       everywhere=everywhere, first=first,
       install=shlex.quote(f"cd sdjax && {manifests.install('tpu')} && {HUGE_PAGES}"),
       run=shlex.quote(f"cd sdjax || exit; {run}"))
@@ -126,7 +137,7 @@ def tpu_vm(job: Job) -> str:
 
 def queued_resources(job: Job) -> str:
   return tpu_script(
-      job, QUEUE, "gcloud alpha compute tpus queued-resources", "--worker=all --node=all",
+      job, QUEUE, "gcloud compute tpus queued-resources", "--worker=all --node=all",
       "--worker=0 --node=0")
 
 
@@ -197,7 +208,8 @@ def complaint(args: argparse.Namespace) -> str:
   if missing := [name for name in launcher.needs if not given[name]]:
     return f"{args.launcher} needs {', '.join(f'--{name}' for name in missing)}"
   known = launcher.needs + launcher.takes
-  defaults = {"zone": "", "image": "", "cluster": "", "bucket": "", "spot": False, "count": 1}
+  defaults = {"name": "", "zone": "", "image": "", "cluster": "", "bucket": "", "spot": False,
+              "count": 1}
   for name, default in defaults.items():
     if given[name] != default and name not in known:
       return f"{args.launcher} takes no --{name}; leave it out"
@@ -209,8 +221,10 @@ def complaint(args: argparse.Namespace) -> str:
             "and begin with a letter")
   if args.launcher == "local" and target.platform != "cpu" and target.hosts > 1:
     return f"{args.target} has {target.hosts} hosts, of which this is one; choose tpu-vm"
-  if args.launcher == "xpk" and target.hosts == 1:
-    return f"xpk cuts {args.target} otherwise than the table of targets; choose jobset"
+  if args.launcher == "slurm" and target.platform == "cpu" and target.hosts > 1:
+    return f"{args.target} is one machine; choose cpu --count {target.hosts}, or local"
+  if args.launcher == "xpk" and args.target in NOT_IN_XPK:
+    return f"xpk has no {args.target} that is one host; choose jobset"
   if args.launcher == "skypilot" and target.platform == "tpu" and args.count > 1:
     return f"skypilot joins no TPU slices, --count {args.count}; choose queued-resources or jobset"
   return "" if args.command else "no command: add -- sdjax train --config … --workdir …"

@@ -48,6 +48,8 @@ class Target:
 
 # Variables whose words add up: what the user has set comes last, where it wins.
 ADD_UP = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+# Older names of variables: JAX refuses both at once, so who has set the old one keeps it.
+OLD_NAMES = {"XLA_CLIENT_MEM_FRACTION": "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 
 ALL = (
     ("PYTHONUNBUFFERED", "1", "lines appear when they are written"),
@@ -74,7 +76,7 @@ V6E = TPU + (
 GPU = ALL + (
     ("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=true",
      "gathers and sums run beneath the computation; NVIDIA's images have it, too"),
-    ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9",
+    ("XLA_CLIENT_MEM_FRACTION", "0.9",
      "JAX takes 0.75 by default; the rest suffices for cuDNN and NCCL"),
     ("NCCL_LAUNCH_MODE", "GROUP",
      "one process drives all GPUs of a node, where cudaFree may else hang a collective"),
@@ -129,7 +131,10 @@ def environment(target: Target) -> str:
   lines = []
   for variable, value, reason in target.settings:
     ours = f"{value} ${{{variable}:-}}" if variable in ADD_UP else f"${{{variable}:-{value}}}"
-    lines += [f"# {reason}", f'export {variable}="{ours}"']
+    export = f'export {variable}="{ours}"'
+    if variable in OLD_NAMES:
+      export = f'[[ -n "${{{OLD_NAMES[variable]}:-}}" ]] || {export}'
+    lines += [f"# {reason}", export]
   return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ if code.startswith("+"):
   os.makedirs(f"{workdir}/checkpoints/{number * 10}")
   open(f"{workdir}/checkpoints/{number * 10}/checkpoint.json", "w").close()
 code = int(code)
-sys.exit(code) if code < 128 else os.kill(os.getpid(), code - 128)
+sys.exit(code) if code < 128 or code > 200 else os.kill(os.getpid(), code - 128)
 """
 
 
@@ -40,7 +40,7 @@ def run(workdir, *codes):
   return done.returncode, len((workdir / "runs").read_text()), done.stderr
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 4, 130, 77])
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 130, 77, 255])
 def test_these_codes_are_the_end(tmp_path, code):
   assert run(tmp_path, code)[:2] == (code, 1)
 
@@ -75,6 +75,11 @@ def test_a_step_that_was_there_already_is_no_progress(tmp_path):
   """As when a damaged newest step is put aside, and made again."""
   save(tmp_path, 1000)
   assert run(tmp_path, "+1")[:2] == (1, 1 + babysit.MAX_WITHOUT_PROGRESS)
+
+
+def test_pauses_grow_from_a_moment_to_a_minute():
+  pauses = [babysit.pause_s(lost) for lost in range(babysit.MAX_WITHOUT_PROGRESS + 1)]
+  assert pauses == sorted(pauses) and pauses[0] < 1 and pauses[-1] == 60
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

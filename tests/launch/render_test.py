@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import manifests
 import pytest
+import render as renderer
+import targets
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,36 +38,18 @@ CASES = {
 }
 SHELL = [name for name in CASES if not name.endswith(".yaml")]
 JOBSETS = [name for name in CASES if name.startswith("jobset")]
-
-# What the published schema says of the fields that appear here: names, types, and what must be
-# there. From https://github.com/kubernetes-sigs/jobset (config/components/crd/bases, v1alpha2), as
-# of August 2026; a list holds the schema of its items, {"*"} is a map of strings.
-JOBSET_SCHEMA = {
-    "apiVersion!": str, "kind!": str,
-    "metadata!": {"name!": str, "annotations": {"*": str}},
-    "spec!": {
-        "failurePolicy": {
-            "maxRestarts": int,
-            "rules": [{"name!": str, "action!": str, "onJobFailureReasons": [str]}]},
-        "replicatedJobs": [{"name!": str, "replicas": int, "template!": {"spec": {
-            "parallelism": int, "completions": int, "completionMode": str, "backoffLimit": int,
-            "podFailurePolicy": {"rules!": [{
-                "action!": str,
-                "onExitCodes": {"containerName": str, "operator!": str, "values!": [int]}}]},
-            "template!": {
-                "metadata": {"annotations": {"*": str}},
-                "spec": {
-                    "restartPolicy": str, "terminationGracePeriodSeconds": int,
-                    "nodeSelector": {"*": str},
-                    "containers!": [{
-                        "name!": str, "image": str, "command": [str],
-                        "env": [{"name!": str, "value": str,
-                                 "valueFrom": {"fieldRef": {"fieldPath!": str}}}],
-                        "ports": [{"containerPort!": int}],
-                        "resources": {"limits": {"*": int}},
-                        "volumeMounts": [{"name!": str, "mountPath!": str}]}],
-                    "volumes": [{"name!": str, "csi": {
-                        "driver!": str, "volumeAttributes": {"*": str}}}]}}}}}]}}
+# The flags that are used of those that https://cloud.google.com/sdk/gcloud/reference has.
+GCLOUD = {
+    "tpu-vm create": {"--zone", "--accelerator-type", "--version", "--spot"},
+    "tpu-vm describe": {"--zone", "--format"},
+    "tpu-vm scp": {"--zone", "--recurse", "--worker"},
+    "tpu-vm ssh": {"--zone", "--worker", "--command"},
+    "queued-resources create": {"--zone", "--accelerator-type", "--runtime-version", "--spot",
+                                "--node-id", "--node-count", "--node-prefix"},
+    "queued-resources describe": {"--zone", "--format"},
+    "queued-resources scp": {"--zone", "--recurse", "--worker", "--node"},
+    "queued-resources ssh": {"--zone", "--worker", "--node", "--command"},
+}
 
 
 def render(case, command=LINE):
@@ -72,33 +57,38 @@ def render(case, command=LINE):
                         capture_output=True, text=True, timeout=60)
 
 
-def faults(value, schema, where=""):
-  """Yields what does not fit, as a structural schema of Kubernetes sees it."""
-  if isinstance(schema, type):
-    if type(value) is not schema:
-      yield f"{where} is {value!r}, not {schema.__name__}"
-  elif isinstance(schema, list):
-    for i, item in enumerate(value):
-      yield from faults(item, schema[0], f"{where}[{i}]")
-  elif "*" in schema:
-    for key, item in value.items():
-      yield from faults(item, schema["*"], f"{where}.{key}")
-  else:
-    fields = {key.rstrip("!"): item for key, item in schema.items()}
-    yield from (f"{where}.{key[:-1]} is missing" for key in schema
-                if key.endswith("!") and key[:-1] not in value)
-    for key, item in value.items():
-      if key not in fields:
-        yield f"{where}.{key} is no field"
-      else:
-        yield from faults(item, fields[key], f"{where}.{key}")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name):
   done = render(CASES[name])
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout == (GOLDEN / name).read_text()
+
+
+def test_the_goldens_have_all_launchers():
+  assert {case.split()[0] for case in CASES.values()} == set(renderer.LAUNCHERS)
+
+
+@pytest.mark.parametrize("launcher", renderer.LAUNCHERS)
+def test_each_target_is_rendered_or_refused(launcher):
+  """Scripts parse as bash, manifests as YAML, and each platform has some target that works."""
+  yaml = pytest.importorskip("yaml")
+  options = {"name": "a", "zone": "b", "image": "c", "cluster": "d"}
+  needed = [word for name in renderer.LAUNCHERS[launcher].needs for word in (
+      f"--{name}", options[name])]
+  platforms = set()
+  for name, target in targets.TARGETS.items():
+    args = renderer.parse([launcher, name, *needed, "--", *LINE])
+    if renderer.complaint(args):
+      continue
+    given = {key: value for key, value in vars(args).items() if key not in ("launcher", "target")}
+    text = renderer.LAUNCHERS[launcher].render(manifests.Job(target_name=name, **given))
+    if launcher in ("jobset", "skypilot"):
+      assert name in str(yaml.safe_load(text))
+    else:
+      assert name in text
+      assert subprocess.run(["bash", "-n"], input=text, text=True, timeout=60).returncode == 0
+    platforms.add(target.platform)
+  assert platforms == set(renderer.LAUNCHERS[launcher].platforms)
 
 
 def command_in(name):
@@ -143,27 +133,18 @@ def test_shellcheck_is_content():
 
 
 @pytest.mark.parametrize("name", JOBSETS)
-def test_jobsets_fit_the_schema(name):
+def test_jobsets_obey_what_no_schema_tells(name):
+  """https://kubernetes.io/docs/concepts/workloads/controllers/job/; the schema: jobset_test.py."""
   yaml = pytest.importorskip("yaml")
-  manifest = yaml.safe_load((GOLDEN / name).read_text())
-  assert list(faults(manifest, JOBSET_SCHEMA)) == []
-  (rule,) = manifest["spec"]["failurePolicy"]["rules"]
-  assert rule["action"] in ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
-  job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-  # Of Kubernetes' own: https://kubernetes.io/docs/concepts/workloads/controllers/job/
+  (job,) = yaml.safe_load((GOLDEN / name).read_text())["spec"]["replicatedJobs"]
+  job = job["template"]["spec"]
   assert job["completionMode"] in ("Indexed", "NonIndexed")
   assert job["template"]["spec"]["restartPolicy"] == "Never"    # as a podFailurePolicy demands
   (policy,) = job["podFailurePolicy"]["rules"]
   assert policy["action"] in ("FailJob", "FailIndex", "Ignore", "Count")
+  (container,) = job["template"]["spec"]["containers"]
+  assert policy["onExitCodes"]["containerName"] == container["name"]
   assert policy["onExitCodes"]["values"] == sorted(policy["onExitCodes"]["values"])
-
-
-def test_the_schema_finds_faults():
-  good = {"name": "a", "command": ["b"]}
-  schema = JOBSET_SCHEMA["spec!"]["replicatedJobs"][0]["template!"]["spec"]["template!"]["spec"][
-      "containers!"][0]
-  assert list(faults(good, schema)) == []
-  assert len(list(faults({"command": ["b", 1], "comand": []}, schema))) == 3
 
 
 def pods(name):
@@ -182,6 +163,9 @@ def test_a_jobset_asks_for_its_slices():
       "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
       "cloud.google.com/gke-tpu-topology": "4x4x4", "cloud.google.com/gke-spot": "true"}
   assert environment == {"SDJAX_COORDINATOR": "auto"}
+  assert "exclusive-topology" in (GOLDEN / "jobset_2_v5p-128.yaml").read_text()
+  # Slices of one host share a node pool, where the annotation would keep all but one waiting.
+  assert "exclusive-topology" not in render("jobset v5e-8 --name sd15 --image b").stdout
 
 
 def test_a_jobset_of_gpus_tells_its_pods_where_they_stand():
@@ -197,6 +181,89 @@ def test_a_jobset_mounts_the_bucket():
   *_, container, pod, _ = pods("jobset_v5e-16.yaml")
   assert container["volumeMounts"] == [{"name": "bucket", "mountPath": "/mnt/pictures"}]
   assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+
+
+# A gcloud that tells one state, of what is there from the start if its file exists, and what it is
+# asked for.
+PLAY = """#!/usr/bin/env bash
+printf '%s\\t' "$@" >>"$PLAY/asked"
+echo >>"$PLAY/asked"
+case "$*" in
+  *" create "*) touch "$PLAY/there" ;;
+  *" describe "*) [[ -e "$PLAY/there" ]] && echo "$STATE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("name, there, state, code, verbs", [
+    ("tpu_vm_v4-32.sh", False, "READY", 0, "describe create scp ssh ssh ssh"),
+    ("tpu_vm_v4-32.sh", True, "READY", 0, "describe scp ssh ssh ssh"),
+    ("tpu_vm_v4-32.sh", True, "PREEMPTED", 1, "describe"),
+    ("queued_v6e-256.sh", False, "ACTIVE", 0, "describe create describe scp ssh ssh ssh"),
+    ("queued_2_v5e-16.sh", False, "ACTIVE", 0, "describe create describe scp ssh ssh ssh"),
+    ("queued_2_v5e-16.sh", True, "SUSPENDED", 1, "describe describe")])
+def test_a_slice_is_made_where_it_is_not_there(tmp_path, name, there, state, code, verbs):
+  """Scripts for Cloud TPU, run with a gcloud that plays, and knows the real one's flags."""
+  for program, text in (("gcloud", PLAY), ("sleep", "#!/bin/sh\n")):
+    (tmp_path / program).write_text(text)
+    (tmp_path / program).chmod(0o755)
+  if there:
+    (tmp_path / "there").touch()
+  done = subprocess.run(
+      ["bash", GOLDEN / name], capture_output=True, text=True, timeout=60,
+      env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PLAY": str(tmp_path), "STATE": state})
+  asked = [line.split("\t") for line in (tmp_path / "asked").read_text().splitlines()]
+  assert (done.returncode, " ".join(words[3] for words in asked)) == (code, verbs)
+  for words in asked:
+    assert words[:2] == ["compute", "tpus"]
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert flags <= GCLOUD[" ".join(words[2:4])], words
+  assert (f"is {state}" in done.stderr) == (code != 0)
+
+
+def test_xpk_takes_the_line():
+  """xpk's own parser, where it is installed, and its own table of slices."""
+  parser = pytest.importorskip("xpk.parser.core")
+  slices = pytest.importorskip("xpk.core.system_characteristics")
+  import argparse
+  top = argparse.ArgumentParser()
+  parser.set_parser(top)
+  text = (GOLDEN / "xpk_v5p-32.sh").read_text().replace("\\\n", "")
+  args = top.parse_args(shlex.split(text)[1:])
+  assert (args.workload, args.tpu_type, args.num_slices) == ("sd15", "v5p-32", 1)
+  for name, target in targets.TARGETS.items():
+    found = slices.UserFacingNameToSystemCharacteristics.get(target.accelerator)
+    if target.platform == "tpu":
+      fits = found is not None and (
+          found.topology, found.gke_accelerator, found.vms_per_slice, found.chips_per_vm) == (
+              target.topology, target.gke_accelerator, target.hosts, target.chips_per_host)
+      assert fits == (name not in renderer.NOT_IN_XPK), name
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("skypilot")])
+def test_skypilot_takes_the_task(name, monkeypatch):
+  """SkyPilot's own reader, where it is installed."""
+  monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
+  sky = pytest.importorskip("sky")
+  task = sky.Task.from_yaml(str(GOLDEN / name))
+  (resources,) = task.resources
+  target = targets.TARGETS[shlex.split(CASES[name])[1]]
+  ((accelerator, number),) = resources.accelerators.items()
+  assert (accelerator, number) in ((target.accelerator, 8), (f"tpu-{target.accelerator}", 1))
+  assert resources.use_spot == ("--spot" in CASES[name])
+
+
+@pytest.mark.parametrize("word", ["on", "No", "true", "null", "y", "1e3", "0x1f", "~", "a: b", "é"])
+def test_words_of_yaml_stay_strings(word):
+  yaml = pytest.importorskip("yaml")
+  value = {"a": word, word: [{"b": word}], "c": [word]}
+  assert yaml.safe_load(manifests.to_yaml(value)) == value
+
+
+def test_skypilots_tpus_ask_the_machine():
+  yaml = pytest.importorskip("yaml")
+  export, run = yaml.safe_load((GOLDEN / "skypilot_v6e-16.yaml").read_text())["run"].splitlines()
+  assert export == "export SDJAX_COORDINATOR=auto" and run.startswith("exec launch/run.sh v6e-16 ")
 
 
 def test_skypilot_tells_its_hosts_where_they_stand():
@@ -224,7 +291,10 @@ def test_skypilot_tells_its_hosts_where_they_stand():
     ("xpk v5e-16 --name a --image b", "--cluster"),
     ("xpk v5e-8 --name a --image b --cluster c", "jobset"),
     ("slurm h100-8 --name a --zone b", "--zone"),
+    ("xpk v6e-8 --name a --image b --cluster c", "jobset"),
     ("local v5e-16", "tpu-vm"),
+    ("local cpu --name a", "--name"),
+    ("slurm cpu-2x4 --name a", "cpu --count 2"),
     ("skypilot v5e-16 --name a --count 2", "queued-resources")])
 def test_a_bad_call_is_one_line_and_code_2(case, said):
   done = render(case)

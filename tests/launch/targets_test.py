@@ -60,12 +60,20 @@ def test_xla_knows_the_flags_of_gpus():
 
 
 def test_run_sets_the_environment_and_spares_the_users():
-  names = "XLA_FLAGS NCCL_LAUNCH_MODE XLA_PYTHON_CLIENT_MEM_FRACTION"
+  names = "XLA_FLAGS NCCL_LAUNCH_MODE XLA_CLIENT_MEM_FRACTION"
   done = run("h100-8", sys.executable, "-c", SHOW, names, XLA_FLAGS="--mine=1",
              NCCL_LAUNCH_MODE="PARALLEL")
   assert done.returncode == 0, done.stderr
   assert done.stdout.split() == [
       "--xla_gpu_enable_latency_hiding_scheduler=true", "--mine=1", "PARALLEL", "0.9"]
+
+
+def test_run_spares_the_old_name_of_a_variable():
+  """JAX ends with a ValueError where both names are set."""
+  names = "XLA_CLIENT_MEM_FRACTION XLA_PYTHON_CLIENT_MEM_FRACTION"
+  words = ["h100-8", sys.executable, "-c", SHOW, names]
+  assert run(*words, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5").stdout == "- 0.5\n"
+  assert run(*words, XLA_CLIENT_MEM_FRACTION="0.6").stdout == "0.6 -\n"
 
 
 def test_run_keeps_words_and_code_and_babysits(tmp_path):

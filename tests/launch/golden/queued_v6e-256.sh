@@ -17,10 +17,10 @@ until [[ "$state" == ACTIVE ]]; do
     --format 'value(state.state)')"
 done
 
-gcloud alpha compute tpus queued-resources scp --recurse . sd15:sdjax --zone us-east5-b --worker=all --node=all
-gcloud alpha compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=all --node=all \
+gcloud compute tpus queued-resources scp --recurse . sd15:sdjax --zone us-east5-b --worker=all --node=all
+gcloud compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=all --node=all \
   --command 'cd sdjax && python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python -e . '"'"'jax[tpu]'"'"' && sudo sh -c '"'"'echo always >/sys/kernel/mm/transparent_hugepage/enabled'"'"''
-gcloud alpha compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=all --node=all \
+gcloud compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=all --node=all \
   --command 'cd sdjax || exit; SDJAX_COORDINATOR=auto nohup launch/run.sh v6e-256 sdjax train --config configs/sd15.py:res=256 --workdir '"'"'/mnt/bucket/a run'"'"' '"'"'--config.data.caption_column=it'"'"'"'"'"'"'"'"'s $HOME & "IMAGE"'"'"' </dev/null >>run.log 2>&1 &'
-gcloud alpha compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=0 --node=0 \
+gcloud compute tpus queued-resources ssh sd15 --zone us-east5-b --worker=0 --node=0 \
   --command 'tail -n 100 -F sdjax/run.log'

@@ -3,9 +3,15 @@
 # script goes on with a run that was stopped. The command outlives this script and its connection.
 set -euo pipefail
 
-gcloud compute tpus tpu-vm describe sd15 --zone us-central2-b >/dev/null 2>&1 ||
+state="$(gcloud compute tpus tpu-vm describe sd15 --zone us-central2-b \
+  --format 'value(state)' 2>/dev/null || true)"
+if [[ -z "$state" ]]; then
   gcloud compute tpus tpu-vm create sd15 --zone us-central2-b \
     --accelerator-type v4-32 --version tpu-ubuntu2204-base
+elif [[ "$state" != READY ]]; then
+  echo sd15 "is $state, not READY: wait, or delete it, then start again" >&2
+  exit 1
+fi
 
 gcloud compute tpus tpu-vm scp --recurse . sd15:sdjax --zone us-central2-b --worker=all
 gcloud compute tpus tpu-vm ssh sd15 --zone us-central2-b --worker=all \
