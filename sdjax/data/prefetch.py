@@ -70,6 +70,10 @@ class Prefetch:
     self._step += 1
     return item
 
+  def is_ready(self) -> bool:
+    """Whether the next batch is there, so that `next` waits for nothing."""
+    return not self._ready.empty()
+
   def position(self) -> dict:
     """Where to go on after the batches returned so far; those read ahead are not counted."""
     return self._pipeline.position(self._step)

@@ -187,7 +187,7 @@ def steps(run: Run, mesh: jax.sharding.Mesh, now: state.TrainState, start: int,
           stopping.leave(stop_for, number)
       if is_last:
         return now
-      with goodput.doing("data_wait"):
+      with goodput.doing("step" if data.is_ready() else "data_wait"):
         batch = draw_batch(data)
       now, found, operations = advance(now, batch)
       journal.begun(found, operations)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from sdjax import pytrees
 from sdjax.train.goodput import Goodput
@@ -47,6 +48,10 @@ class Programs:
       with self._goodput.doing("compile"):
         lowered = self._advance.lower(now, batch)
         self._made[shapes] = lowered.compile(), operations(lowered, self._accumulate)
+        if jax.process_count() > 1:
+          # One that finds its program in the cache is minutes ahead of one that compiles, and the
+          # connections that the first run of a program makes are given up on CPUs after 30 s.
+          multihost_utils.sync_global_devices("compiled")
     program, count = self._made[shapes]
     return *program(now, batch), count
 
