@@ -6,8 +6,9 @@ r"""Runs N processes of M devices each on one machine: a pod for the poor, and f
 
 Each process is told where it stands by SDJAX_COORDINATOR, SDJAX_NUM_PROCESSES and
 SDJAX_PROCESS_ID; its devices are fake ones of the CPU. Lines of output begin with the process's
-number. When a process fails, the others are stopped and its exit code is returned; when this
-program is stopped, or killed (on Linux), so are they all.
+number. When a process fails, the others are stopped and its exit code is returned; one that ends
+with 130 or 143 has been told to, and leaves the others time to save. When this program is stopped,
+or killed (on Linux), so are they all.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import sys
 import threading
 import time
 
-GRACE_S = 10                          # from SIGTERM to SIGKILL
+GRACE_S = 30                          # from SIGTERM to SIGKILL, as Slurm and Kubernetes have it
+AGREED = (130, 143)                   # stopped with the others, and after the same step
 PR_SET_PDEATHSIG = 1                  # linux/prctl.h
 
 
@@ -46,12 +48,15 @@ def free_port():
 
 def environments(processes, devices, port):
   """Returns per process what is added to the environment."""
-  fake = f"--xla_force_host_platform_device_count={devices}"
+  # Without LLVM's optimizations a step is compiled in two thirds of the time, and hardly slower:
+  # fake devices mostly wait for each other. What XLA_FLAGS has already comes after it, and wins.
+  flags = ("--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", ""),
+           f"--xla_force_host_platform_device_count={devices}")
   return [{
       "SDJAX_COORDINATOR": f"127.0.0.1:{port}",
       "SDJAX_NUM_PROCESSES": str(processes),
       "SDJAX_PROCESS_ID": str(process),
-      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {fake}".strip(),
+      "XLA_FLAGS": " ".join(filter(None, flags)),
       "JAX_PLATFORMS": "cpu",
       "PYTHONUNBUFFERED": "1",        # lines appear when they are written
   } for process in range(processes)]
@@ -83,14 +88,20 @@ def send(child, signal_number):
     pass                              # it has ended meanwhile
 
 
+def leave_time(children):
+  """Waits until all have ended, but no longer than `GRACE_S`."""
+  deadline = time.monotonic() + GRACE_S
+  while time.monotonic() < deadline and any(child.poll() is None for child in children):
+    time.sleep(0.05)
+
+
 def stop(children):
   """Ends all children and what they started: asks first, insists after `GRACE_S`."""
   for child in children:
     if child.poll() is None:
       send(child, signal.SIGTERM)
-  deadline = time.monotonic() + GRACE_S
-  while time.monotonic() < deadline and any(child.poll() is None for child in children):
-    time.sleep(0.05)
+      send(child, signal.SIGCONT)     # one that stands still (SIGSTOP, Ctrl-Z) would not hear it
+  leave_time(children)
   for child in children:
     send(child, signal.SIGKILL)
     child.wait()
@@ -104,6 +115,8 @@ def wait(children):
       if code:
         code = code if code > 0 else 128 - code        # as a shell tells of a signal
         print(f"[{number}] ended with code {code}; stopping the others", file=sys.stderr)
+        if code in AGREED:
+          leave_time(children)
         return code
     if None not in codes:
       return 0

@@ -47,7 +47,9 @@ class Programs:
       self._watch.be_patient()
       with self._goodput.doing("compile"):
         lowered = self._advance.lower(now, batch)
-        self._made[shapes] = lowered.compile(), operations(lowered, self._accumulate)
+        # Counting takes a second, and of CPUs nothing is told.
+        count = 0.0 if jax.default_backend() == "cpu" else operations(lowered, self._accumulate)
+        self._made[shapes] = lowered.compile(), count
         if jax.process_count() > 1:
           # One that finds its program in the cache is minutes ahead of one that compiles, and the
           # connections that the first run of a program makes are given up on CPUs after 30 s.

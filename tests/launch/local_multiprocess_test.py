@@ -11,6 +11,17 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch/local_multiprocess.py"
 SLEEP = "import os, time; print('up', os.getpid()); time.sleep(60)"
+# Ends with 143, and says so, when it is told to.
+SAVES = """
+import os, signal, sys, time
+def save(*_):
+  time.sleep(0.5)
+  print("saved", flush=True)
+  os._exit(143)
+signal.signal(signal.SIGTERM, save)
+""" + SLEEP
+IMPATIENT = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import local_multiprocess; "
+             "local_multiprocess.GRACE_S = 1; sys.exit(local_multiprocess.main())")
 
 
 def words(*options, code):
@@ -40,8 +51,10 @@ def wait_until_gone(pids, timeout_s=8):
   return not any(map(is_alive, pids))
 
 
-def start_and_read_pids(*options, code=SLEEP, processes=2):
-  launcher = subprocess.Popen(words(*options, code=code), stdout=subprocess.PIPE, text=True)
+def start_and_read_pids(code=SLEEP, script=(str(SCRIPT),), processes=2):
+  launcher = subprocess.Popen(
+      [sys.executable, *script, "--processes", str(processes), "--", sys.executable, "-c", code],
+      stdout=subprocess.PIPE, text=True)
   lines = [launcher.stdout.readline() for _ in range(processes)]
   return launcher, [int(line.split()[-1]) for line in lines]
 
@@ -55,8 +68,8 @@ def test_each_process_is_told_where_it_stands():
   coordinator = lines[0].split()[3]
   assert coordinator.startswith("127.0.0.1:")
   assert lines == [
-      f"[{i}] {i} 3 {coordinator} cpu --other=1 --xla_force_host_platform_device_count=5"
-      for i in range(3)]
+      f"[{i}] {i} 3 {coordinator} cpu --xla_backend_optimization_level=0 --other=1 "
+      "--xla_force_host_platform_device_count=5" for i in range(3)]
 
 
 def test_dry_run_prints_and_runs_nothing(tmp_path):
@@ -85,10 +98,29 @@ def test_one_failure_stops_the_others_and_gives_the_code():
 
 def test_a_process_that_will_not_stop_is_killed():
   code = ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP)
-  launcher, pids = start_and_read_pids("--processes", "2", code=code)
+  launcher, pids = start_and_read_pids(code, script=("-c", IMPATIENT, str(SCRIPT.parent)))
   os.kill(pids[0], signal.SIGKILL)
   assert launcher.wait(timeout=40) == 128 + signal.SIGKILL
   assert wait_until_gone(pids)
+
+
+def test_one_that_stands_still_is_stopped_like_the_others():
+  launcher, pids = start_and_read_pids(SAVES)
+  os.kill(pids[1], signal.SIGSTOP)
+  launcher.send_signal(signal.SIGTERM)
+  output, _ = launcher.communicate(timeout=15)         # less than it takes to insist
+  assert launcher.returncode == 143
+  assert output.count("saved") == 2
+  assert wait_until_gone(pids)
+
+
+def test_one_that_was_told_to_stop_leaves_the_others_time():
+  """All stop after the same step; a second SIGTERM would end one in the midst of its save."""
+  code = "import os; alone = os.environ['SDJAX_PROCESS_ID'] == '1'\n" + SLEEP.replace(
+      "time.sleep(60)", "time.sleep(0 if alone else 1); print('saved'); os._exit(143)")
+  done = launch(code=code)
+  assert done.returncode == 143
+  assert done.stdout.count("saved") == 2
 
 
 def test_stopping_the_launcher_stops_all():

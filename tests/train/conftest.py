@@ -23,20 +23,31 @@ def pictures(tmp_path_factory):
   return out
 
 
-@pytest.fixture(scope="session")
-def latents(tmp_path_factory):
-  """A latents cache of the tiny model's shape, made without an autoencoder."""
-  rng = np.random.default_rng(0)
-
+def write_latents(out, moments):
+  """Packs a latents cache without an autoencoder: of arrays, with captions of shapes."""
   def samples():
-    for sample in shapes.samples(48, seed=0):
+    for sample, array in zip(shapes.samples(len(moments), seed=0), moments, strict=True):
       file = io.BytesIO()
-      np.save(file, rng.standard_normal((8, 8, 8)).astype(np.float16))
+      np.save(file, array)
       yield {"moments.npy": file.getvalue(), "txt": sample["txt"], "json": {}}
 
-  out = tmp_path_factory.mktemp("data") / "latents"
   pack.write_shards(samples(), out, shard_size=16)
   return out
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+  """A latents cache of the tiny model's shape."""
+  moments = np.random.default_rng(0).standard_normal((48, 8, 8, 8)).astype(np.float16)
+  return write_latents(tmp_path_factory.mktemp("data") / "latents", moments)
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory):
+  """A latents cache for few_numbers.py: one number of each sample tells which it is."""
+  moments = np.random.default_rng(0).standard_normal((48, 8, 8, 8)).astype(np.float16)
+  moments[:, 0, 0, -1] = np.arange(48)
+  return write_latents(tmp_path_factory.mktemp("data") / "numbered", moments)
 
 
 @pytest.fixture(scope="session")
@@ -90,14 +101,14 @@ def numbers():
 
 @pytest.fixture(scope="session")
 def alone(start, arguments, numbers, latents, tmp_path_factory):
-  """(changes to the config, numbers) of four steps on latents by one process with one device."""
-  changes = {"total_steps": 4, "checkpoint.every_steps": 2, "data.random_crop": False,
+  """(workdir, changes to the config) of ten steps on latents by one process with one device."""
+  changes = {"total_steps": 10, "checkpoint.every_steps": 2, "data.random_crop": False,
              "data.random_flip": False, "optimizer.warmup_steps": 0}
   workdir = tmp_path_factory.mktemp("alone")
   child = start(*arguments(latents, workdir, changes))
   output, _ = child.communicate(timeout=400)
   assert child.returncode == 0, output
   found = numbers(workdir)
-  assert list(found) == [1, 2, 3, 4]
+  assert list(found) == list(range(1, 11))
   assert all(update_norm > 1e-3 for _, _, _, update_norm, _ in found.values())  # all steps move
-  return changes, found
+  return workdir, changes
