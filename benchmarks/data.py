@@ -24,6 +24,7 @@ from sdjax.data.pipeline import Options, Pipeline
 from sdjax.data.sources import Source, open_source
 
 SAMPLES, BATCH = 512, 64
+EPOCHS = 4  # that sdjax goes on for: it is made to run for weeks
 SIDE_PX, SIZE = 512, (256, 256)
 QUALITY = 95  # img2dataset's own
 # (one, other) → how many times faster it shall be, per second of CPU time.
@@ -53,9 +54,9 @@ def photograph(seed: int) -> bytes:
 
 
 def sdjax(source: Source, decoder: str, threads: int = 1) -> int:
-  """Takes the batches of an epoch from the pipeline; returns how many samples it made.
+  """Takes the batches of `EPOCHS` from the pipeline; returns how many samples it made.
 
-  Those are more than an epoch, since it works ahead until it is closed.
+  Those are more, since it works ahead until it is closed.
   """
   made = []
 
@@ -66,7 +67,7 @@ def sdjax(source: Source, decoder: str, threads: int = 1) -> int:
   batches = Pipeline(
       [source], batch_size=BATCH, seed=0, threads=threads, cache_bytes=0, tokenize=tokenize,
       options=Options(resolutions=((0, SIZE[0]),), decoder=decoder)).batches()
-  for _ in range(SAMPLES // BATCH):
+  for _ in range(EPOCHS * SAMPLES // BATCH):
     next(batches)
   batches.close()
   return sum(made)
