@@ -3,13 +3,17 @@
   pip install webdataset simplejpeg opencv-python-headless
   python benchmarks/data.py [ROUNDS]
 
-512 px JPEGs become batches of 256², uint8, and their captions texts. All contestants run in turn,
-round after round, and are compared within a round, so that other work on the machine meets all of
-them alike. Two threads are compared with one by the clock on the wall, which needs an idle machine.
+512 px JPEGs become batches of 256², uint8, and their captions texts. Every contestant has a process
+of its own, since what one does to the memory of a process meets the next. They run in turn, round
+after round, and are compared within a round, so that other work on the machine meets all of them
+alike. Two threads are compared with one by the clock on the wall, which needs an idle machine.
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -35,6 +39,8 @@ TARGETS = {
     ("sdjax, pillow", "webdataset, PIL"): 2.2,
 }
 THREADS_TARGET = 1.9
+NAMES = ("the decoding alone", "sdjax, fast", "webdataset, fast", "sdjax, pillow",
+         "webdataset, PIL", "sdjax, two threads")
 
 
 def photograph(seed: int) -> bytes:
@@ -99,34 +105,52 @@ def decoding_alone(blobs) -> int:
   return len(blobs)
 
 
-def contestants(folder: str) -> dict:
-  """Returns name → a function that goes through the samples, and returns how many it made."""
+def write_shard(folder: str) -> str:
+  """Returns a folder with one shard of photographs."""
   blobs = [photograph(seed) for seed in range(SAMPLES)]
   print(f"{SAMPLES} JPEGs of {SIDE_PX} px, {sum(map(len, blobs)) / SAMPLES / 1000:.0f} kB each")
-  shards = f"{folder}/shards"
   pack.write_shards(({"jpg": blob, "txt": f"photograph {number}"}
-                     for number, blob in enumerate(blobs)), shards, SAMPLES)
+                     for number, blob in enumerate(blobs)), f"{folder}/shards", SAMPLES)
+  return f"{folder}/shards"
+
+
+@functools.cache
+def contestant(name: str, shards: str):
+  """Returns a function that goes through the samples, and returns how many it made."""
   source = open_source(shards)
-  return {
-      "the decoding alone": functools.partial(decoding_alone, blobs),
-      "sdjax, fast": functools.partial(sdjax, source, "fast"),
-      "webdataset, fast": functools.partial(with_webdataset, shards, "fast"),
-      "sdjax, pillow": functools.partial(sdjax, source, "pillow"),
-      "webdataset, PIL": functools.partial(with_webdataset, shards, "PIL"),
-      "sdjax, two threads": functools.partial(sdjax, source, "fast", threads=2),
-  }
+  match name.split(", "):
+    case ["the decoding alone"]:
+      blobs = [source.read(sample)[0]["jpg"] for sample in range(SAMPLES)]
+      return functools.partial(decoding_alone, blobs)
+    case ["sdjax", "two threads"]:
+      return functools.partial(sdjax, source, "fast", threads=2)
+    case ["sdjax", decoder]:
+      return functools.partial(sdjax, source, decoder)
+    case ["webdataset", decoder]:
+      return functools.partial(with_webdataset, shards, decoder)
 
 
-def measure(runs: dict, rounds: int) -> tuple[dict, dict]:
-  """Returns name → seconds a sample in every round: of CPU time, and on the wall."""
-  cpu, wall = ({name: [] for name in runs} for _ in range(2))
-  for number in range(rounds + 1):
-    for name, run in runs.items():
-      began = time.process_time(), time.perf_counter()
-      made = run()
-      if number:  # the first round warms up
-        cpu[name].append((time.process_time() - began[0]) / made)
-        wall[name].append((time.perf_counter() - began[1]) / made)
+def run(name: str, shards: str) -> tuple[float, float]:
+  """Returns the seconds a sample that a contestant takes: of CPU time, and on the wall."""
+  go = contestant(name, shards)
+  began = time.process_time(), time.perf_counter()
+  made = go()
+  return (time.process_time() - began[0]) / made, (time.perf_counter() - began[1]) / made
+
+
+def measure(shards: str, rounds: int) -> tuple[dict, dict]:
+  """Returns name → what `run` returns, in every round, of CPU time and on the wall."""
+  cpu, wall = ({name: [] for name in NAMES} for _ in range(2))
+  spawn = multiprocessing.get_context("spawn")
+  with contextlib.ExitStack() as stack:
+    pools = {name: stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, spawn))
+             for name in NAMES}
+    for number in range(rounds + 1):
+      for name, pool in pools.items():
+        found = pool.submit(run, name, shards).result()
+        if number:  # the first round warms up
+          cpu[name].append(found[0])
+          wall[name].append(found[1])
   return cpu, wall
 
 
@@ -138,7 +162,7 @@ def main(rounds: int = 9) -> None:
     sys.exit("nothing to compare with: pip install webdataset")
   images.decoder_name("fast")  # tells what is missing
   with tempfile.TemporaryDirectory() as folder:
-    cpu, wall = measure(contestants(folder), rounds)
+    cpu, wall = measure(write_shard(folder), rounds)
   print(f"webdataset {webdataset.__version__}, Pillow {Image.__version__}, {rounds} rounds\n\n"
         f"{'ms a sample':<22}{'CPU':>6}{'wall':>8}")
   for name, seconds in cpu.items():
