@@ -236,8 +236,10 @@ def _decode_fast(blob, out, crop, orientation, min_side_px) -> None:
   low, across = size[::-1] if on_side else size
   # From 1/2 to 1 libjpeg-turbo has no vector code, which costs more than the pixels saved.
   least = {"min_height": low, "min_width": across, "min_factor": 2}
+  times = height // size[0]
+  fits = (orientation == 1 and times in (1, 2, 4, 8)
+          and (height, width) == (times * size[0], times * size[1]))
   try:
-    fits = orientation == 1 and simplejpeg.decode_jpeg_header(blob, **least)[:2] == size
     pixels = simplejpeg.decode_jpeg(blob, **least, buffer=out if fits else None)
   except ValueError:
     return leave()

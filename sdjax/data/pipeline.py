@@ -241,13 +241,13 @@ class Pipeline:
     """Writes some rows of a batch. Returns how many, and what had to be replaced."""
     replaced, chosen = collections.Counter(), []
     draws = plan.uniforms(self._seed, drawn.position, DRAWS)
+    places = list(zip(*(column.tolist() for column in drawn), strict=True))
     # All in a row, for decoders drive out of the processor's caches what reading needs.
-    reads = [read if self._cache.find((int(source), int(sample))) else _read_now(read)
-             for read, source, sample in zip(reads, drawn.source, drawn.sample, strict=True)]
-    for row, read in enumerate(reads):
+    reads = [read if self._cache.find(place[:2]) else _read_now(read)
+             for read, place in zip(reads, places, strict=True)]
+    for row, (read, place) in enumerate(zip(reads, places)):
       chosen.append(self._fill_row(
-          *(int(column[row]) for column in drawn), read, draws[row],
-          {name: rows[row] for name, rows in batch.items()}, replaced))
+          *place, read, draws[row], {name: rows[row] for name, rows in batch.items()}, replaced))
     if self._tokenize is not None:
       batch["tokens"][:] = self._token_rows(chosen)
     return len(reads), replaced
