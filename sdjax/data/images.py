@@ -39,8 +39,9 @@ EXIFREAD = (
 # What Pillow raises on damaged input, by decoder; anything else is a bug and shall be seen.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
           struct.error, zlib.error)
-# Markers of a JPEG: the segment that holds EXIF or XMP, and the start of the pixels.
-APP1, START_OF_SCAN = b"\xff\xe1", b"\xff\xda"
+# Of a JPEG: how a segment begins; markers of the one that holds EXIF or XMP, and of the pixels.
+SEGMENT = struct.Struct(">HH")
+APP1, START_OF_SCAN = 0xFFE1, 0xFFDA
 
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is what counts
@@ -338,10 +339,15 @@ def _may_tell_orientation(blob: bytes) -> bool:
   A JPEG is two bytes, then segments (marker, length, data) up to the pixels (ITU T.81, B.1.1).
   """
   place = 2
-  while (marker := blob[place:place + 2]) != START_OF_SCAN:
-    if marker == APP1 or marker[:1] != b"\xff" or marker == b"\xff\xff":
-      return True  # found, or laid out in a way that Pillow shall judge
-    place += 2 + int.from_bytes(blob[place + 2:place + 4], "big")
+  try:
+    marker, length = SEGMENT.unpack_from(blob, place)
+    while marker != START_OF_SCAN:
+      if marker == APP1 or not 0xFF00 <= marker < 0xFFFF:
+        return True  # found, or laid out in a way that Pillow shall judge
+      place += 2 + length
+      marker, length = SEGMENT.unpack_from(blob, place)
+  except struct.error:  # it ends here: likewise
+    return True
   return False
 
 
