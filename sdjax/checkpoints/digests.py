@@ -57,9 +57,10 @@ def _sums(leaf: Any) -> list[jax.Array]:  # of this process's devices, uint32 [1
   leaf = jnp.asarray(leaf)
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
-  mesh, spec = Mesh([*leaf.devices()], ("device",)), PartitionSpec()
   if isinstance(leaf.sharding, NamedSharding):
     mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+  else:
+    mesh, spec = Mesh([*leaf.devices()], ("device",)), PartitionSpec()
   return [shard.data for shard in _digest(mesh, spec, leaf).addressable_shards]
 
 
