@@ -14,6 +14,7 @@ import manifests
 import pytest
 import render as renderer
 import targets
+import yaml
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,7 +72,6 @@ def test_the_goldens_have_all_launchers():
 @pytest.mark.parametrize("launcher", renderer.LAUNCHERS)
 def test_each_target_is_rendered_or_refused(launcher):
   """Scripts parse as bash, manifests as YAML, and each platform has some target that works."""
-  yaml = pytest.importorskip("yaml")
   options = {"name": "a", "zone": "b", "image": "c", "cluster": "d"}
   needed = [word for name in renderer.LAUNCHERS[launcher].needs for word in (
       f"--{name}", options[name])]
@@ -95,7 +95,6 @@ def command_in(name):
   """Returns the command of a golden as the shells and YAML readers on its way hand it on."""
   text = (GOLDEN / name).read_text()
   if name.endswith(".yaml"):
-    yaml = pytest.importorskip("yaml")
     value = yaml.safe_load(text)
     if name.startswith("jobset"):
       job = value["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -135,7 +134,6 @@ def test_shellcheck_is_content():
 @pytest.mark.parametrize("name", JOBSETS)
 def test_jobsets_obey_what_no_schema_tells(name):
   """https://kubernetes.io/docs/concepts/workloads/controllers/job/; the schema: jobset_test.py."""
-  yaml = pytest.importorskip("yaml")
   (job,) = yaml.safe_load((GOLDEN / name).read_text())["spec"]["replicatedJobs"]
   job = job["template"]["spec"]
   assert job["completionMode"] in ("Indexed", "NonIndexed")
@@ -148,7 +146,6 @@ def test_jobsets_obey_what_no_schema_tells(name):
 
 
 def pods(name):
-  yaml = pytest.importorskip("yaml")
   (job,) = yaml.safe_load((GOLDEN / name).read_text())["spec"]["replicatedJobs"]
   spec = job["template"]["spec"]
   container = spec["template"]["spec"]["containers"][0]
@@ -255,20 +252,17 @@ def test_skypilot_takes_the_task(name, monkeypatch):
 
 @pytest.mark.parametrize("word", ["on", "No", "true", "null", "y", "1e3", "0x1f", "~", "a: b", "é"])
 def test_words_of_yaml_stay_strings(word):
-  yaml = pytest.importorskip("yaml")
   value = {"a": word, word: [{"b": word}], "c": [word]}
   assert yaml.safe_load(manifests.to_yaml(value)) == value
 
 
 def test_skypilots_tpus_ask_the_machine():
-  yaml = pytest.importorskip("yaml")
   export, run = yaml.safe_load((GOLDEN / "skypilot_v6e-16.yaml").read_text())["run"].splitlines()
   assert export == "export SDJAX_COORDINATOR=auto" and run.startswith("exec launch/run.sh v6e-16 ")
 
 
 def test_skypilot_tells_its_hosts_where_they_stand():
   """The run section, with the variables that SkyPilot sets and a run.sh that prints."""
-  yaml = pytest.importorskip("yaml")
   *exports, _ = yaml.safe_load((GOLDEN / "skypilot_h100.yaml").read_text())["run"].splitlines()
   script = "\n".join([*exports, "env | grep ^SDJAX | sort"])
   done = subprocess.run(
