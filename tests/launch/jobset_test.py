@@ -4,7 +4,7 @@ jobset_schema.json.gz is the schema of v1alpha2 without its descriptions and its
 https://github.com/kubernetes-sigs/jobset, config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml
 at commit 08dfbdfd682714a9ab929633eca8dc95315187e7 of 2026-08-18, Apache-2.0. It is made by
 
-  python tests/launch/jobset_test.py jobset.x-k8s.io_jobsets.yaml
+  PYTHONPATH=launch python tests/launch/jobset_test.py jobset.x-k8s.io_jobsets.yaml
 
 What it cannot tell: rules in CEL (x-kubernetes-validations; none is about the fields that are
 rendered), and those that Kubernetes and JobSet have in code, of which some are tested here by hand.

@@ -1,7 +1,8 @@
 """What the renderer prints: golden texts, each checked by what would read it, as far as it is here.
 
 The goldens are kept to be read: a change of what is launched shows in review. Write them anew with
-`python tests/launch/render_test.py`. What is right in them is proved by the other tests.
+`PYTHONPATH=launch python tests/launch/render_test.py`. What is right in them is proved by the other
+tests.
 """
 
 import shlex
